@@ -1,0 +1,130 @@
+"""The list of methods: one entry each, importing nothing.
+
+`weightsmith methods`, the README's table, the docs index and the shared test battery are made from this list, so they
+can't drift apart. A third-party package adds a method through an entry point of the group `weightsmith.methods` whose
+object is a `MethodCard`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from weightsmith.errors import InputError, nearest
+
+Verdict = Literal["reproduced", "weaker claim", "not shown", "peer", "open"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodCard:
+    """One method of the toolkit.
+
+    Attributes:
+        id: The name in recipes and on the command line.
+        name: The name in print.
+        paper: arXiv id, or an empty string for folklore.
+        room: The wing that holds it.
+        target: `module:object` of its public part.
+        purpose: What it is for, one line.
+        verdict: What our evidence shows. `peer` is a baseline with no claim of ours; `open` has no evidence yet.
+    """
+
+    id: str
+    name: str
+    paper: str
+    room: str
+    target: str
+    purpose: str
+    verdict: Verdict
+
+
+def _merge(id: str, name: str, paper: str, cls: str, purpose: str, verdict: Verdict = "peer") -> MethodCard:
+    target = f"weightsmith.merging.methods.{id}:{cls}"
+    return MethodCard(
+        id=id, name=name, paper=paper, room="merging", target=target, purpose=purpose, verdict=verdict
+    )
+
+
+METHODS: tuple[MethodCard, ...] = (
+    _merge("linear", "Linear (weight average)", "2203.05482", "Linear", "Weighted mean of checkpoints."),
+    _merge(
+        "task_arithmetic",
+        "Task arithmetic",
+        "2212.04089",
+        "TaskArithmetic",
+        "Base plus the scaled sum of the fine-tunes' changes.",
+    ),
+    _merge(
+        "ties",
+        "TIES",
+        "2306.01708",
+        "Ties",
+        "Keep each fine-tune's largest changes, elect a sign per weight, average those that agree.",
+    ),
+    _merge(
+        "dare_linear",
+        "DARE",
+        "2311.03099",
+        "DareLinear",
+        "Drop changes at random, rescale the rest, then task arithmetic.",
+    ),
+    _merge(
+        "dare_ties",
+        "DARE-TIES",
+        "2311.03099",
+        "DareTies",
+        "Drop changes at random, rescale the rest, then elect signs as TIES does.",
+    ),
+    _merge("slerp", "SLERP", "", "Slerp", "Two checkpoints blended along the arc between them."),
+    _merge(
+        "model_stock",
+        "Model Stock",
+        "2403.19522",
+        "ModelStock",
+        "Mean of the fine-tunes pulled back to the base by the angle between them.",
+    ),
+    _merge("passthrough", "Passthrough", "", "Passthrough", "Copy tensors: layer slices, stacked models."),
+    _merge(
+        "tsvm",
+        "TSV-M",
+        "2412.00081",
+        "Tsvm",
+        "Sum of truncated singular directions of each change, made mutually orthogonal.",
+    ),
+    _merge(
+        "resm",
+        "RESM (R-TSVM)",
+        "2502.06876",
+        "Resm",
+        "TSV-M with outlier-driven task weights and sparsity-driven ranks.",
+        verdict="open",
+    ),
+)
+
+
+def cards(room: str | None = None) -> tuple[MethodCard, ...]:
+    """All method cards, those of installed third-party packages last; `room` keeps one wing."""
+    # The scan of installed packages costs milliseconds, so it happens on first use, not on import.
+    from importlib.metadata import entry_points
+
+    others = tuple(point.load() for point in entry_points(group="weightsmith.methods"))
+    return tuple(card for card in METHODS + others if room in (None, card.room))
+
+
+def card(id: str, room: str | None = None) -> MethodCard:
+    """The card of method `id`.
+
+    Raises:
+        InputError: no such method in that room; names the nearest one.
+    """
+    known = {entry.id: entry for entry in cards(room)}
+    if id not in known:
+        raise InputError(f"no method `{id}`{nearest(id, known)}; known: {', '.join(known)}")
+    return known[id]
+
+
+def load(id: str, room: str | None = None) -> Any:
+    """Import and return the object of method `id`."""
+    module, _, name = card(id, room).target.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -10,8 +10,8 @@ PACKAGES = ("weightsmith", "numpy", "safetensors", "torch", "transformers")
 
 
 def environment() -> dict[str, Any]:
-    """Facts about this machine for the run's record: Python, system, cores, threads, memory, package
-    versions.""" return {
+    """Facts for the run's record: Python, system, cores, threads, memory, package versions."""
+    return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": cores(),

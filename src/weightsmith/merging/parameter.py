@@ -1,0 +1,237 @@
+"""What a merge method sees: one parameter of all models, as tiles or whole, and the protocol it follows.
+
+A method is one frozen keyword-only dataclass in `merging/methods/<id>.py`. Its fields are its options (the schema of a
+page, the keywords of `merge_tensors`); a field of type `PerModel` holds one number for all models or one for each. The
+engine resolves filters and gradients, so that the instance which meets a parameter holds plain values: every
+`PerModel` field is then a tuple with one number a model. A field named `lambda_` is `lambda` on a page.
+
+    survey(parameter)            optional pass over one parameter; what it returns goes to `merge_tile` as `stats`
+    survey_all(parameters, ...)  the same over all parameters at once, where `global_survey` is true
+    merge_tile(tile, stats)      the merged fp32 elements of one tile
+    takes(parameter)             spectral methods: true for the matrices that take the whole-matrix route
+    merge_whole(...)             spectral methods: the merged matrix and a dict of what the report should know
+
+A method sees tiles of one parameter in ascending order from one thread; two parameters may be in work at once. What it
+returns may depend on element positions but never on where tiles begin: sums over a parameter go through
+`weightsmith.merging.sums`, random numbers through a counter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+
+from weightsmith.errors import CheckpointError
+
+PerModel = float | tuple[float, ...]
+NanPolicy = Literal["raise", "zero"]
+Reader = Callable[[int, int, np.ndarray], Any]
+"""Fills an fp32 buffer with elements [start, stop) of a flattened tensor."""
+
+# Big enough that a NumPy call outlasts the hand-over of Python's lock between two workers (64 K elements lose half of
+# the second core), small enough that a dozen buffers stay in a shared cache.
+TILE_ELEMENTS = 262_144
+# Tiles of vectors, and the pieces of long rows, begin at multiples of this.
+GRAIN_ELEMENTS = 4096
+
+
+class Scratch:
+    """Buffers of one worker, kept from tile to tile so that a merge allocates nothing in its loop."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, np.dtype], np.ndarray] = {}
+
+    def get(self, key: str, numel: int, dtype: Any = np.float32) -> np.ndarray:
+        """A 1-D buffer with unspecified content; the same `key` and `dtype` give the same memory again."""
+        kind = np.dtype(dtype)
+        buffer = self._buffers.get((key, kind))
+        if buffer is None or buffer.size < numel:
+            buffer = self._buffers[key, kind] = np.empty(numel, kind)
+        return buffer[:numel]
+
+    def zeros(self, numel: int) -> np.ndarray:
+        """Read-only fp32 zeros (an array operand is three times as fast as a scalar in `np.maximum`)."""
+        buffer = self._buffers.get(("zeros", np.dtype(np.float32)))
+        if buffer is None or buffer.size < numel:
+            buffer = self._buffers["zeros", np.dtype(np.float32)] = np.zeros(numel, np.float32)
+        return buffer[:numel]
+
+
+@dataclass(slots=True)
+class Tile:
+    """Consecutive elements of one flattened parameter in all models.
+
+    Attributes:
+        start: Index of the first element in the flattened parameter.
+        base: fp32 (n,), or None for methods without a base. May be overwritten.
+        models: T arrays, fp32 (n,). May be overwritten.
+        scratch: Buffers of the worker.
+    """
+
+    start: int
+    base: np.ndarray | None
+    models: list[np.ndarray]
+    scratch: Scratch = field(default_factory=Scratch, repr=False)
+
+    @property
+    def numel(self) -> int:
+        """Elements in this tile."""
+        return self.models[0].size
+
+    def deltas(self) -> list[np.ndarray]:
+        """The models' buffers turned into their differences from the base, in place."""
+        assert self.base is not None
+        for model in self.models:
+            np.subtract(model, self.base, out=model)
+        return self.models
+
+
+class Parameter:
+    """One output parameter and where its values come from.
+
+    Attributes:
+        name: Name in the output.
+        shape: Shape, the same in all models.
+        models: Labels of the T models, without the base.
+        layer: Index of the output layer, None outside the layer stack.
+        scratch: Buffers of the worker that has this parameter in hand; set by the engine.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shape: Sequence[int],
+        *,
+        models: Sequence[str],
+        readers: Sequence[Reader],
+        base_reader: Reader | None = None,
+        base_label: str = "base",
+        layer: int | None = None,
+        nan_policy: NanPolicy = "raise",
+        tile_elements: int = TILE_ELEMENTS,
+    ) -> None:
+        self.name = name
+        self.shape = tuple(shape)
+        self.models = tuple(models)
+        self.layer = layer
+        self.scratch = Scratch()
+        self.numel = int(np.prod(self.shape, dtype=np.int64))
+        self._readers = tuple(readers)
+        self._base_reader = base_reader
+        self._base_label = base_label
+        self._nan_policy = nan_policy
+        self._tile_elements = tile_elements
+        self._known_finite = False
+        self._met_nonfinite = False
+
+    @property
+    def num_models(self) -> int:
+        """T, the number of models without the base."""
+        return len(self.models)
+
+    @property
+    def has_base(self) -> bool:
+        """Whether tiles carry a base."""
+        return self._base_reader is not None
+
+    @property
+    def row(self) -> int:
+        """Elements of one row: the last axis of a matrix or stack, the whole of a vector."""
+        return max(1, self.shape[-1] if len(self.shape) >= 2 else self.numel)
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """The [start, stop) of each tile: whole rows, or multiples of `GRAIN_ELEMENTS` of a vector."""
+        grain = self.row if len(self.shape) >= 2 else GRAIN_ELEMENTS
+        step = max(1, self._tile_elements // grain) * grain
+        for start in range(0, self.numel, step):
+            yield start, min(start + step, self.numel)
+
+    def tiles(self) -> Iterator[Tile]:
+        """All elements in ascending order; may be called any number of times.
+
+        A tile's buffers are used again for the next one: copy what must outlive the loop's step.
+
+        Raises:
+            CheckpointError: NaN or infinity in a tensor while `nan_policy` is "raise"; names tensor and model.
+        """
+        for start, stop in self.spans():
+            yield self.tile(start, stop)
+        # Every element was looked at: later passes need not look again.
+        self._known_finite = not self._met_nonfinite
+
+    def tile(self, start: int, stop: int) -> Tile:
+        """The elements [start, stop) of base and models."""
+        numel = stop - start
+        base = None
+        if self._base_reader is not None:
+            base = self.scratch.get("base", numel)
+            self._fill(base, self._base_reader, self._base_label, start, stop)
+        models = []
+        for index, reader in enumerate(self._readers):
+            values = self.scratch.get(f"model {index}", numel)
+            self._fill(values, reader, self.models[index], start, stop)
+            models.append(values)
+        return Tile(start, base, models, self.scratch)
+
+    def whole(self) -> tuple[np.ndarray | None, np.ndarray]:
+        """Everything at once, in fresh memory: base fp32 of `shape` (or None), models fp32 (T, *shape)."""
+        base = None
+        if self._base_reader is not None:
+            base = np.empty(self.numel, np.float32)
+            self._fill(base, self._base_reader, self._base_label, 0, self.numel)
+            base = base.reshape(self.shape)
+        models = np.empty((self.num_models, self.numel), np.float32)
+        for index, reader in enumerate(self._readers):
+            self._fill(models[index], reader, self.models[index], 0, self.numel)
+        return base, models.reshape(self.num_models, *self.shape)
+
+    def _fill(self, values: np.ndarray, reader: Reader, label: str, start: int, stop: int) -> None:
+        reader(start, stop, values)
+        if self._known_finite or values.size == 0 or _all_finite(values):
+            return
+        if self._nan_policy == "zero":
+            self._met_nonfinite = True
+            values[~np.isfinite(values)] = 0.0
+            return
+        at = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise CheckpointError(
+            f"{label}: {self.name} holds {values[at]} at element {start + at} of {self.numel}; every weight must be "
+            f"finite (`nan_policy: zero` takes such entries as 0). No output was written."
+        )
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    # Largest and smallest carry NaN along and cost a quarter of isfinite().all().
+    return bool(values.max() < np.inf and values.min() > -np.inf)
+
+
+class MergeMethod(Protocol):
+    """What the engine needs of a method's dataclass; see the module's text for the optional parts."""
+
+    base: ClassVar[Literal["required", "optional", "none"]]
+    min_models: ClassVar[int]
+    max_models: ClassVar[int | None]
+
+    def survey(self, parameter: Parameter) -> Any:
+        """A first pass over one parameter; None where the method needs none."""
+
+    def merge_tile(self, tile: Tile, stats: Any) -> np.ndarray:
+        """The merged elements of `tile`, fp32 (n,); may be one of its buffers."""
+
+
+ParallelMap = Callable[[Callable[[Parameter], Any], Sequence[Parameter]], list[Any]]
+"""Applies a function to every parameter on the engine's workers; results keep the order of the parameters."""
+
+
+class GlobalSurvey(Protocol):
+    """The further part of a method whose statistic spans parameters (TIES trimmed globally, RESM per layer)."""
+
+    @property
+    def global_survey(self) -> bool:
+        """Whether these options need `survey_all`; `survey` is then not called."""
+
+    def survey_all(self, parameters: Sequence[Parameter], parallel: ParallelMap) -> Mapping[str, Any]:
+        """Stats of each parameter by name."""

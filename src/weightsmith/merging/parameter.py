@@ -1,19 +1,20 @@
 """What a merge method sees: one parameter of all models, as tiles or whole, and the protocol it follows.
 
-A method is one frozen keyword-only dataclass in `merging/methods/<id>.py`. Its fields are its options (the schema of a
-page, the keywords of `merge_tensors`); a field of type `PerModel` holds one number for all models or one for each. The
-engine resolves filters and gradients, so that the instance which meets a parameter holds plain values: every
-`PerModel` field is then a tuple with one number a model. A field named `lambda_` is `lambda` on a page.
+A method is one frozen keyword-only dataclass in `merging/methods/<id>.py`. Its fields are its options (the
+schema of a page, the keywords of `merge_tensors`); a field of type `PerModel` holds one number for all models
+or one for each. The engine resolves filters and gradients, so that the instance which meets a parameter holds
+plain values: every `PerModel` field is then a tuple with one number a model. A field named `lambda_` is
+`lambda` on a page.
 
-    survey(parameter)            optional pass over one parameter; what it returns goes to `merge_tile` as `stats`
+    survey(parameter)            optional pass over one parameter; its result goes to `merge_tile` as `stats`
     survey_all(parameters, ...)  the same over all parameters at once, where `global_survey` is true
     merge_tile(tile, stats)      the merged fp32 elements of one tile
     takes(parameter)             spectral methods: true for the matrices that take the whole-matrix route
-    merge_whole(...)             spectral methods: the merged matrix and a dict of what the report should know
+    merge_whole(...)             spectral methods: the merged matrix and a dict for the report
 
-A method sees tiles of one parameter in ascending order from one thread; two parameters may be in work at once. What it
-returns may depend on element positions but never on where tiles begin: sums over a parameter go through
-`weightsmith.merging.sums`, random numbers through a counter.
+A method sees the tiles of one parameter in ascending order from one thread; two parameters may be in work at
+once. What it returns may depend on element positions but never on where tiles begin: sums over a parameter go
+through `weightsmith.merging.sums`, random numbers through a counter.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ NanPolicy = Literal["raise", "zero"]
 Reader = Callable[[int, int, np.ndarray], Any]
 """Fills an fp32 buffer with elements [start, stop) of a flattened tensor."""
 
-# Big enough that a NumPy call outlasts the hand-over of Python's lock between two workers (64 K elements lose half of
-# the second core), small enough that a dozen buffers stay in a shared cache.
+# Big enough that a NumPy call outlasts the hand-over of Python's lock between two workers (64 K elements lose
+# half of the second core), small enough that a dozen buffers stay in a shared cache.
 TILE_ELEMENTS = 262_144
 # Tiles of vectors, and the pieces of long rows, begin at multiples of this.
 GRAIN_ELEMENTS = 4096
@@ -155,7 +156,7 @@ class Parameter:
         A tile's buffers are used again for the next one: copy what must outlive the loop's step.
 
         Raises:
-            CheckpointError: NaN or infinity in a tensor while `nan_policy` is "raise"; names tensor and model.
+            CheckpointError: NaN or infinity in a tensor under `nan_policy` "raise"; names tensor and model.
         """
         for start, stop in self.spans():
             yield self.tile(start, stop)
@@ -198,8 +199,8 @@ class Parameter:
             return
         at = int(np.flatnonzero(~np.isfinite(values))[0])
         raise CheckpointError(
-            f"{label}: {self.name} holds {values[at]} at element {start + at} of {self.numel}; every weight must be "
-            f"finite (`nan_policy: zero` takes such entries as 0). No output was written."
+            f"{label}: {self.name} holds {values[at]} at element {start + at} of {self.numel}; every weight "
+            f"must be finite (`nan_policy: zero` takes such entries as 0). No output was written."
         )
 
 
@@ -227,7 +228,7 @@ ParallelMap = Callable[[Callable[[Parameter], Any], Sequence[Parameter]], list[A
 
 
 class GlobalSurvey(Protocol):
-    """The further part of a method whose statistic spans parameters (TIES trimmed globally, RESM per layer)."""
+    """The rest of a method whose statistic spans parameters (TIES trimmed globally, RESM per layer)."""
 
     @property
     def global_survey(self) -> bool:

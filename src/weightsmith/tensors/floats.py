@@ -2,13 +2,13 @@
 
 Problem  numpy has no bfloat16, and its float16 casts go one element at a time (2-3 ns each on a 2020s
          server core), which is more than a whole merge should cost.
-Method   Widening bfloat16 is a shift by 16. Widening float16 moves sign, exponent and mantissa into place with
+Method   Widening bfloat16 is a shift by 16. Widening float16 moves sign, exponent and mantissa into place by
          one shift and one mask, then a multiplication by 2^112 corrects the exponent's bias, subnormals
          included. Narrowing adds half of the last kept place, less one unless that place is odd: round to
          nearest, ties to even.
-Edges    NaN stays NaN (quiet, of the same sign, when narrowed to bfloat16), infinities stay, a value past the
+Edges    NaN stays NaN (quiet, same sign, when narrowed to bfloat16), infinities stay, a value past the
          largest finite one of float16 or bfloat16 becomes an infinity, as in torch.
-Cost     Per element in a warm cache: widened in 0.2 ns (bfloat16) or 0.5 ns (float16), narrowed in 0.5 or 1 ns.
+Cost     Per element, warm cache: widened in 0.2 ns (bfloat16) or 0.5 ns (float16), narrowed in 0.5 or 1 ns.
          Scratch memory belongs to the thread and holds two blocks of `BLOCK` elements.
 """
 

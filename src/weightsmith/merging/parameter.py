@@ -37,6 +37,8 @@ Reader = Callable[[int, int, np.ndarray], Any]
 TILE_ELEMENTS = 262_144
 # Tiles of vectors, and the pieces of long rows, begin at multiples of this.
 GRAIN_ELEMENTS = 4096
+# Neighbours read together for a sample: one read costs as much as a few hundred elements.
+SAMPLED_RUN = 1024
 
 
 class Scratch:
@@ -176,6 +178,25 @@ class Parameter:
             self._fill(values, reader, self.models[index], start, stop)
             models.append(values)
         return Tile(start, base, models, self.scratch)
+
+    def sample(self, numel: int) -> Tile:
+        """About `numel` elements in evenly spread runs, in fresh memory; all of them if there are no more."""
+        if numel >= self.numel:
+            runs = [(0, self.numel)]
+        else:
+            count = max(1, numel // SAMPLED_RUN)
+            firsts = np.linspace(0, self.numel - SAMPLED_RUN, count).astype(np.int64)
+            runs = [(int(first), int(first) + SAMPLED_RUN) for first in firsts]
+        size = sum(stop - start for start, stop in runs)
+        readers = [(self._base_label, self._base_reader), *zip(self.models, self._readers, strict=True)]
+        filled = [np.empty(size, np.float32) if reader else None for _, reader in readers]
+        at = 0
+        for start, stop in runs:
+            for (label, reader), values in zip(readers, filled, strict=True):
+                if reader is not None and values is not None:
+                    self._fill(values[at : at + stop - start], reader, label, start, stop)
+            at += stop - start
+        return Tile(-1, filled[0], [values for values in filled[1:] if values is not None])
 
     def whole(self) -> tuple[np.ndarray | None, np.ndarray]:
         """Everything at once, in fresh memory: base fp32 of `shape` (or None), models fp32 (T, *shape)."""

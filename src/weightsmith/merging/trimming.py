@@ -1,0 +1,93 @@
+"""Trimming of task vectors to their largest entries, of each tensor or of each whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from weightsmith.merging.parameter import ParallelMap, Parameter, Tile
+from weightsmith.tensors.selection import Cut, Selection, keep_mask, magnitude_bits
+
+# Elements a tensor's bracket is sampled from. More of them narrow the bracket (fewer elements to collect),
+# but reading them costs: at this number both stay below a tenth of the pass itself.
+_SAMPLE = 65_536
+_SAMPLE_OF_MODEL = 1 << 20
+
+Cuts = tuple[Cut, ...]
+
+
+def tensor_cuts(parameter: Parameter, densities: Sequence[float]) -> Cuts:
+    """For each model, the cut that keeps int(density * numel) entries of this tensor's change."""
+    sample = _sampled_bits(parameter, _SAMPLE)
+    numel = parameter.numel
+    selections = [
+        Selection(int(density * numel), numel, bits) for density, bits in zip(densities, sample, strict=True)
+    ]
+    while any(selection.cuts is None for selection in selections):
+        scans = [selection.scan(numel) for selection in selections]
+        _scan(parameter, selections, scans)
+        for selection, scan in zip(selections, scans, strict=True):
+            if selection.cuts is None:
+                selection.finish([scan])
+    return tuple(selection.cuts[0] for selection in selections if selection.cuts)
+
+
+def model_cuts(
+    parameters: Sequence[Parameter], densities: Sequence[float], parallel: ParallelMap
+) -> dict[str, Cuts]:
+    """The same over all tensors of a model as one vector: int(density * all elements) are kept.
+
+    Among equals the lower position wins: tensors in the order of `parameters`, then elements.
+    """
+    numel = sum(parameter.numel for parameter in parameters)
+    share = min(1.0, _SAMPLE_OF_MODEL / max(numel, 1))
+    samples = parallel(lambda p: _sampled_bits(p, max(1, int(share * p.numel))), parameters)
+    selections = [
+        Selection(int(density * numel), numel, np.concatenate([sample[index] for sample in samples]))
+        for index, density in enumerate(densities)
+    ]
+    del samples
+    while any(selection.cuts is None for selection in selections):
+
+        def scan(parameter: Parameter) -> list:
+            scans = [selection.scan(parameter.numel) for selection in selections]
+            _scan(parameter, selections, scans)
+            return scans
+
+        by_parameter = parallel(scan, parameters)
+        for index, selection in enumerate(selections):
+            if selection.cuts is None:
+                selection.finish([scans[index] for scans in by_parameter])
+    cuts = [selection.cuts or [] for selection in selections]
+    return {parameter.name: row for parameter, row in zip(parameters, zip(*cuts, strict=True), strict=True)}
+
+
+def trimmed_deltas(tile: Tile, cuts: Cuts | None) -> list[np.ndarray]:
+    """The models' changes with dropped entries at 0, in place; all entries where `cuts` is None."""
+    deltas = tile.deltas()
+    if cuts is None:
+        return deltas
+    bits = tile.scratch.get("bits", tile.numel, np.int32)
+    mask = tile.scratch.get("mask", tile.numel, np.int32)
+    for delta, cut in zip(deltas, cuts, strict=True):
+        keep_mask(magnitude_bits(delta, bits), cut, tile.start, mask)
+        words = delta.view(np.int32)
+        np.bitwise_and(words, mask, out=words)
+    return deltas
+
+
+def _sampled_bits(parameter: Parameter, numel: int) -> list[np.ndarray]:
+    return [
+        magnitude_bits(delta, np.empty(delta.size, np.int32)) for delta in parameter.sample(numel).deltas()
+    ]
+
+
+def _scan(parameter: Parameter, selections: Sequence[Selection], scans: Sequence) -> None:
+    for tile in parameter.tiles():
+        bits = tile.scratch.get("bits", tile.numel, np.int32)
+        work = tile.scratch.get("mask", tile.numel, np.int32)
+        flags = tile.scratch.get("flags", tile.numel + 8, np.bool_)
+        for delta, selection, scan in zip(tile.deltas(), selections, scans, strict=True):
+            if selection.cuts is None:
+                scan.add(tile.start, magnitude_bits(delta, bits), work, flags)

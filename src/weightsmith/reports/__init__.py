@@ -1,0 +1,21 @@
+"""Reports: a run folder -> one self-contained HTML page.
+
+The page opens from disk without a network and without scripts: inline CSS, inline SVG. It is drawn from what
+the run folder holds and from nothing else, so a partial run gives a partial page and the same folder gives
+the same bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["write_report"]
+
+
+def __getattr__(name: str) -> Any:
+    # jinja2 and ruamel.yaml cost a tenth of a second that `weightsmith --help` should not pay.
+    if name == "write_report":
+        from weightsmith.reports.page import write_report
+
+        return write_report
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,191 @@
+"""`write_report`: a run folder -> `report.html`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from weightsmith import __version__
+from weightsmith.reports import drawing
+from weightsmith.reports.curves import chosen_options, loss_panel, search_panel
+from weightsmith.reports.diagnostics import merge_diagnostics
+from weightsmith.reports.findings import gate, headline
+from weightsmith.reports.folder import Run, Stage, State, read_run
+from weightsmith.reports.graph import draw_graph
+from weightsmith.reports.lineage import family_trees
+from weightsmith.reports.scores import ROLE_TITLES, Cell, Row, ScoreTable, score_tables
+from weightsmith.reports.strips import draw_strip
+from weightsmith.runs import write_text
+
+_UNDONE: dict[State, str] = {"stopped": "Started but not finished", "waiting": "Not started"}
+STATE_WORDS: dict[State, str] = {
+    "done": "done",
+    "failed": "failed",
+    "stopped": "not finished",
+    "waiting": "not started",
+}
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `report.html` into a run folder, finished or not, replacing an older one in one step.
+
+    Args:
+        run_dir: A folder made by `weightsmith run`.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InputError: the folder is not a run folder, or a file in it can't be read.
+        SystemFault: the page can't be written.
+    """
+    target = Path(run_dir) / "report.html"
+    write_text(target, render(read_run(run_dir)))
+    return target
+
+
+def render(run: Run) -> str:
+    """The page of a run as HTML."""
+    environment = Environment(
+        loader=PackageLoader("weightsmith.reports", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"seconds": drawing.seconds, "size": drawing.size, "yaml": highlight}
+    tables = score_tables(run)
+    losses = [panel for stage in run.stages if (panel := loss_panel(stage))]
+    searches = [panel for stage in run.stages if (panel := search_panel(stage))]
+    return environment.get_template("page.html.j2").render(
+        run=run,
+        css=Markup(_source(environment, "page.css")),
+        version=__version__,
+        facts=list(_facts(run)),
+        lead=[sentence for table in tables[:1] for sentence in headline(table)] or [_progress_sentence(run)],
+        failed=[stage for stage in run.stages if stage.state == "failed"],
+        undone=[(words, names) for state, words in _UNDONE.items() if (names := _in_state(run, state))],
+        tables=[(table, gate(run, table), _by_role(table)) for table in tables],
+        tint=_tint,
+        method_words=_method_words,
+        graph=draw_graph(run),
+        losses=losses,
+        searches=searches,
+        diagnostics=merge_diagnostics(run),
+        draw_strip=draw_strip,
+        costs=_costs(run),
+        state_words=STATE_WORDS,
+        trees=family_trees(run),
+        environment=list(_flat(run.environment)),
+    )
+
+
+def highlight(source: str) -> Markup:
+    """YAML with its keys and comments marked, nothing more: the eye only needs the page's outline."""
+    return Markup("\n").join(_highlight_line(line) for line in source.rstrip("\n").split("\n"))
+
+
+def _highlight_line(line: str) -> Markup:
+    body, comment = line, ""
+    if match := re.search(r"(^|\s)#.*$", line):
+        # A `#` inside quotes is no comment; an odd number of quotes before it means that one is open.
+        head = line[: match.start()]
+        if head.count('"') % 2 == 0 and head.count("'") % 2 == 0:
+            body, comment = head, line[match.start() :]
+    # After escaping: an entity such as `&lt;` ends in `;`, so it never passes for a key.
+    keyed = re.sub(r"([\w.\-]+)(?=:(\s|$))", r"<b>\1</b>", str(escape(body)))
+    return Markup(keyed) + (Markup("<i>{}</i>").format(comment) if comment else "")
+
+
+def _source(environment: Environment, name: str) -> str:
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
+
+
+def _progress_sentence(run: Run) -> Markup:
+    done = sum(stage.state == "done" for stage in run.stages)
+    scored = "none of them scores a model" if done == len(run.stages) else "no model has been scored yet"
+    return Markup("{} of {} stages are done; {}.").format(done, len(run.stages), scored)
+
+
+def _facts(run: Run) -> Iterator[str]:
+    done = [stage for stage in run.stages if stage.state == "done"]
+    yield f"{len(done)} of {len(run.stages)} stages done"
+    if times := [stage.seconds for stage in done if stage.seconds is not None]:
+        yield f"{drawing.seconds(sum(times))} of work"
+    if peaks := [stage.peak_bytes for stage in done if stage.peak_bytes]:
+        yield f"peak memory {drawing.size(max(peaks))}"
+    if run.seed is not None:
+        yield f"seed {run.seed}"
+    if run.finished_at:
+        ended = datetime.fromtimestamp(run.finished_at, tz=UTC)
+        yield f"last run {ended:%Y-%m-%d %H:%M} UTC"
+
+
+def _in_state(run: Run, state: State) -> list[str]:
+    return [stage.name for stage in run.stages if stage.state == state]
+
+
+def _by_role(table: ScoreTable) -> list[tuple[str, list[Row]]]:
+    titled = [(titles, table.of_role(role)) for role, titles in ROLE_TITLES.items()]
+    return [(titles[len(rows) > 1], rows) for titles, rows in titled if rows]
+
+
+def _tint(cell: Cell, table: ScoreTable) -> str:
+    """The cell's colour as CSS: which way it moved and how strongly, from nothing to the table's span."""
+    if cell.change is None or cell.change == 0:
+        return ""
+    strength = min(1.0, abs(cell.change) / table.span)
+    return f"--hue:var(--{'better' if cell.change > 0 else 'worse'});--v:{68 * strength:.0f}%"
+
+
+def _method_words(row: Row) -> str:
+    """Small print under a model's name: its method unless the name says it, and what a search chose."""
+    if row.stage is None:
+        return ""
+    words = [row.stage.method] if row.stage.method != row.name else []
+    words += [f"{key} {value}" for key, value in (chosen_options(row.stage) or {}).items()]
+    return ", ".join(word for word in words if word)
+
+
+def _costs(run: Run) -> dict[str, Any]:
+    longest = max((stage.seconds or 0 for stage in run.stages), default=0) or 1
+    largest = max((stage.peak_bytes or 0 for stage in run.stages), default=0) or 1
+    return {
+        "rows": [
+            (
+                stage,
+                f"{100 * (stage.seconds or 0) / longest:.1f}%",
+                f"{100 * (stage.peak_bytes or 0) / largest:.1f}%",
+            )
+            for stage in run.stages
+        ],
+        "predicted": any(stage.predicted for stage in run.stages),
+        "seconds": sum(stage.seconds or 0 for stage in run.stages),
+        "note": _reused_note(run.stages),
+    }
+
+
+def _reused_note(stages: tuple[Stage, ...]) -> str:
+    reused = sum(stage.reused for stage in stages)
+    if not reused:
+        return ""
+    return (
+        f"The latest run found {reused} of {len(stages)} stages done and reused them; their times are "
+        "those of the run that did the work."
+    )
+
+
+def _flat(environment: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in environment.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, "" if key == "versions" else f"{key} ")
+        elif value is not None:
+            words = drawing.size(value) if key.endswith("_bytes") else str(value)
+            yield prefix + key.removesuffix("_bytes").replace("_", " "), words

@@ -100,6 +100,7 @@ class Parameter:
         shape: Shape, the same in all models.
         models: Labels of the T models, without the base.
         layer: Index of the output layer, None outside the layer stack.
+        config: config.json of the model the output takes after: heads and sizes, for fused layers.
         scratch: Buffers of the worker that has this parameter in hand; set by the engine.
     """
 
@@ -113,6 +114,7 @@ class Parameter:
         base_reader: Reader | None = None,
         base_label: str = "base",
         layer: int | None = None,
+        config: Mapping[str, Any] | None = None,
         nan_policy: NanPolicy = "raise",
         tile_elements: int = TILE_ELEMENTS,
     ) -> None:
@@ -120,6 +122,7 @@ class Parameter:
         self.shape = tuple(shape)
         self.models = tuple(models)
         self.layer = layer
+        self.config = config or {}
         self.scratch = Scratch()
         self.numel = int(np.prod(self.shape, dtype=np.int64))
         self._readers = tuple(readers)

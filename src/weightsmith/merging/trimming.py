@@ -9,18 +9,21 @@ import numpy as np
 from weightsmith.merging.parameter import ParallelMap, Parameter, Tile
 from weightsmith.tensors.selection import Cut, Selection, keep_mask, magnitude_bits
 
-# Elements a tensor's bracket is sampled from. More of them narrow the bracket (fewer elements to collect),
-# but reading them costs: at this number both stay below a tenth of the pass itself.
-_SAMPLE = 65_536
+# One in so many elements of a tensor is sampled for its bracket, at most so many for a tensor and a model.
+# More of them narrow the bracket (fewer elements to collect) but cost reading and a partition; here both
+# are small.
+_SAMPLE_ONE_IN = 64
+_SAMPLE_OF_TENSOR = 1 << 16
 _SAMPLE_OF_MODEL = 1 << 20
+_SMALL = 1 << 12
 
 Cuts = tuple[Cut, ...]
 
 
 def tensor_cuts(parameter: Parameter, densities: Sequence[float]) -> Cuts:
     """For each model, the cut that keeps int(density * numel) entries of this tensor's change."""
-    sample = _sampled_bits(parameter, _SAMPLE)
     numel = parameter.numel
+    sample = _sampled_bits(parameter, min(max(numel // _SAMPLE_ONE_IN, _SMALL), _SAMPLE_OF_TENSOR))
     selections = [
         Selection(int(density * numel), numel, bits) for density, bits in zip(densities, sample, strict=True)
     ]
@@ -41,8 +44,8 @@ def model_cuts(
     Among equals the lower position wins: tensors in the order of `parameters`, then elements.
     """
     numel = sum(parameter.numel for parameter in parameters)
-    share = min(1.0, _SAMPLE_OF_MODEL / max(numel, 1))
-    samples = parallel(lambda p: _sampled_bits(p, max(1, int(share * p.numel))), parameters)
+    one_in = max(_SAMPLE_ONE_IN, -(-numel // _SAMPLE_OF_MODEL)) if numel > _SMALL else 1
+    samples = parallel(lambda parameter: _sampled_bits(parameter, parameter.numel // one_in), parameters)
     selections = [
         Selection(int(density * numel), numel, np.concatenate([sample[index] for sample in samples]))
         for index, density in enumerate(densities)
@@ -87,7 +90,7 @@ def _scan(parameter: Parameter, selections: Sequence[Selection], scans: Sequence
     for tile in parameter.tiles():
         bits = tile.scratch.get("bits", tile.numel, np.int32)
         work = tile.scratch.get("mask", tile.numel, np.int32)
-        flags = tile.scratch.get("flags", tile.numel + 8, np.bool_)
+        flags = tile.scratch.get("flags", tile.numel, np.bool_)
         for delta, selection, scan in zip(tile.deltas(), selections, scans, strict=True):
             if selection.cuts is None:
                 scan.add(tile.start, magnitude_bits(delta, bits), work, flags)

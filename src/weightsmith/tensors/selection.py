@@ -5,7 +5,8 @@ Problem  Trimming keeps the int(density * n) largest changes of a tensor, or of 
          `magnitude >= threshold` keeps too many: among equals, the lower index must win.
 Method   The bits of a non-negative float order like the float, so magnitudes are compared as integers. A
          sample gives a bracket [low, high] that should hold the k-th largest. One pass counts what lies
-         above and collects the few that lie inside; a partition of those ends it. When the bracket missed,
+         above and collects the few that lie inside, where counting and a partition end it. Where the
+         bracket holds only a few distinct values, it counts each of them instead. When the bracket missed,
          or holds too much to keep, it is narrowed (by a coarse count of what it holds: 65,536 times at
          once) and the pass is made again: never more than five, whatever the data.
 Result   A `Cut`: the k-th magnitude and, for equals, the tile and the count up to which they are kept.
@@ -25,6 +26,8 @@ _COARSE_BITS = 16
 # Half width of the sampled bracket in standard deviations of a quantile of independent draws. The sample
 # comes in runs of neighbours, which are alike, so this is wider than independence would ask for.
 _MARGIN = 6.0
+# Up to this many distinct values in the bracket are counted one by one; bfloat16 changes have so few.
+_PROBES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class Cut:
 
 
 KEEP_NONE = Cut(MAGNITUDE_BITS, -1.0)
+KEEP_ALL = Cut(0, float("inf"))
 
 
 def magnitude_bits(values: np.ndarray, out: np.ndarray) -> np.ndarray:
@@ -69,14 +73,18 @@ def keep_mask(bits: np.ndarray, cut: Cut, start: int, out: np.ndarray) -> np.nda
 
 
 class Scan:
-    """One pass over one part of a stream, against the bracket of its selection. Belongs to one thread."""
+    """One pass over one part of a stream. Belongs to one thread.
 
-    def __init__(self, low: int, high: int, limit: int) -> None:
+    It counts what equals each of a few probes, or what lies in a bracket [low, high] and collects that.
+    """
+
+    def __init__(self, probes: tuple[int, ...], low: int, high: int, limit: int) -> None:
+        self.probes = probes
         self.low, self.high = low, high
-        self.above = 0
+        self.above = [0] * max(len(probes), 1)
         self.inside = 0
-        self.tiles: list[tuple[int, int]] = []
-        self.collected: list[np.ndarray] | None = [] if low < high else None
+        self.tiles: list[tuple[int, list[int]]] = []
+        self.collected: list[np.ndarray] | None = []
         self.coarse: np.ndarray | None = None
         self._limit = limit
 
@@ -92,21 +100,22 @@ class Scan:
             start: Index of its first element; tiles come in ascending order.
             bits: Magnitudes, int32 (n,). Left untouched.
             work: Scratch, int32 (n,).
-            flags: Scratch, bool (at least n rounded up to 8,).
+            flags: Scratch, bool (n,).
         """
-        flag = flags[: bits.size]
-        np.greater(bits, np.int32(self.high), out=flag)
-        self.above += int(np.count_nonzero(flag))
-        if self.low == self.high:
-            np.equal(bits, np.int32(self.low), out=flag)
-        else:
-            # One unsigned comparison for both ends: what lies below `low` wraps round to large.
-            np.subtract(bits, np.int32(self.low), out=work)
-            np.less_equal(work.view(np.uint32), np.uint32(self.high - self.low), out=flag)
-        inside = int(np.count_nonzero(flag))
-        self.tiles.append((start, inside))
-        if inside and self.low < self.high:
-            self._take(_compress(work, flags, inside), inside)
+        for index, probe in enumerate(self.probes or (self.high,)):
+            self.above[index] += int(np.count_nonzero(np.greater(bits, np.int32(probe), out=flags)))
+        if self.probes:
+            equal = [np.count_nonzero(np.equal(bits, np.int32(probe), out=flags)) for probe in self.probes]
+            self.tiles.append((start, list(map(int, equal))))
+            return
+        # One unsigned comparison for both ends: what lies below `low` wraps round to large.
+        np.subtract(bits, np.int32(self.low), out=work)
+        np.less_equal(work.view(np.uint32), np.uint32(self.high - self.low), out=flags)
+        inside = int(np.count_nonzero(flags))
+        self.tiles.append((start, [inside]))
+        if inside:
+            # Twice as fast as a boolean index.
+            self._take(work[np.flatnonzero(flags)], inside)
         self.inside += inside
 
     def _take(self, offsets: np.ndarray, inside: int) -> None:
@@ -118,6 +127,17 @@ class Scan:
             self.coarse = np.zeros(1 << _COARSE_BITS, np.int64)
         assert self.coarse is not None
         self.coarse += np.bincount(offsets >> self.shift, minlength=self.coarse.size)
+
+    def equals(self, threshold: int) -> list[tuple[int, int]]:
+        """For each tile its start and how many of its elements equal `threshold`."""
+        if self.probes:
+            which = self.probes.index(threshold)
+            return [(start, equal[which]) for start, equal in self.tiles]
+        parts = iter(self.collected or ())
+        return [
+            (start, int(np.count_nonzero(next(parts) == threshold - self.low)) if inside else 0)
+            for start, (inside,) in self.tiles
+        ]
 
 
 class Selection:
@@ -135,59 +155,77 @@ class Selection:
     def __init__(self, count: int, numel: int, sample: np.ndarray) -> None:
         self.count, self.numel = count, numel
         self.cuts: list[Cut] | None = None
-        self._floor, self._ceiling = 0, MAGNITUDE_BITS
-        self._low, self._high = self._bracket(sample) if 0 < count < numel else (0, 0)
+        self._probes: tuple[int, ...] = (0,)
+        self._low, self._high = 0, MAGNITUDE_BITS
+        if 0 < count < numel:
+            self._aim(sample)
 
     def scan(self, numel: int) -> Scan:
-        """An empty scan of a part of `numel` elements against the present bracket."""
-        return Scan(self._low, self._high, max(COLLECTED_ELEMENTS * numel // max(self.numel, 1), 1024))
+        """An empty scan of a part of `numel` elements, for the next pass."""
+        limit = max(COLLECTED_ELEMENTS * numel // max(self.numel, 1), 1024)
+        return Scan(self._probes, self._low, self._high, limit)
 
     def finish(self, scans: Sequence[Scan]) -> list[Cut] | None:
         """Take one whole pass; returns (and keeps) the cut of each part once they are known."""
         if self.count == 0:
             self.cuts = [KEEP_NONE] * len(scans)
         elif self.count == self.numel:
-            self.cuts = [Cut(0, float("inf"))] * len(scans)
+            self.cuts = [KEEP_ALL] * len(scans)
+        elif self._probes:
+            self._narrow_by_probes(scans)
         else:
             self._narrow(scans)
         return self.cuts
 
-    def _bracket(self, sample: np.ndarray) -> tuple[int, int]:
+    def _aim(self, sample: np.ndarray) -> None:
+        """Probes where the sample's bracket holds few distinct values, else the bracket itself."""
         size = sample.size
+        self._probes = ()
         if size == 0:
-            return 0, MAGNITUDE_BITS
+            return
         fraction = self.count / self.numel
-        rank = self.count if size == self.numel else fraction * size
+        rank = float(self.count) if size == self.numel else fraction * size
         margin = 0.0 if size == self.numel else _MARGIN * (fraction * (1 - fraction) * size) ** 0.5 + 4
         first, last = size - int(rank + margin), size - int(rank - margin)
-        wanted = sorted({max(first, 0), min(last, size - 1)})
-        ordered = np.partition(sample, wanted)
-        low = 0 if first < 0 else int(ordered[wanted[0]])
-        high = MAGNITUDE_BITS if last >= size and margin else int(ordered[wanted[-1]])
-        return low, high
+        ends = sorted({max(first, 0), min(last, size - 1)})
+        ordered = np.partition(sample, ends)[ends[0] : ends[-1] + 1]
+        distinct = np.unique(ordered)
+        if distinct.size <= _PROBES and (size == self.numel or ordered.size >= 64):
+            self._probes = tuple(map(int, distinct))
+            return
+        self._low = 0 if first < 0 else int(distinct[0])
+        self._high = MAGNITUDE_BITS if last >= size else int(distinct[-1])
+
+    def _narrow_by_probes(self, scans: Sequence[Scan]) -> None:
+        low, high = 0, MAGNITUDE_BITS
+        for index in reversed(range(len(self._probes))):
+            probe = self._probes[index]
+            rank = self.count - sum(scan.above[index] for scan in scans)
+            equal = sum(found[index] for scan in scans for _, found in scan.tiles)
+            if 0 < rank <= equal:
+                self.cuts = _cuts(scans, probe, rank)
+                return
+            if rank <= 0:
+                low = probe + 1
+                break
+            high = probe - 1
+        self._probes, self._low, self._high = (), low, high
 
     def _narrow(self, scans: Sequence[Scan]) -> None:
-        above = sum(scan.above for scan in scans)
+        above = sum(scan.above[0] for scan in scans)
         inside = sum(scan.inside for scan in scans)
-        rank = self.count - above  # among those inside, 1 is the largest
+        rank = self.count - above  # among those inside; 1 is the largest
         if rank <= 0:
-            self._floor = self._high + 1
-            self._low, self._high = self._floor, self._ceiling
+            self._low, self._high = self._high + 1, MAGNITUDE_BITS
         elif rank > inside:
-            self._ceiling = self._low - 1
-            self._low, self._high = self._floor, self._ceiling
-        elif self._low == self._high:
-            self.cuts = _cuts(scans, self._low, rank, [dict(scan.tiles) for scan in scans])
+            self._low, self._high = 0, self._low - 1
         elif any(scan.coarse is not None for scan in scans):
             self._low, self._high = _coarse_bin(scans, rank)
         else:
-            offsets = np.concatenate([part for scan in scans for part in scan.collected or ()])
-            offsets.partition(inside - rank)
-            threshold = int(offsets[inside - rank])
-            rank -= int(np.count_nonzero(offsets > threshold))
-            self.cuts = _cuts(
-                scans, self._low + threshold, rank, [_equals_by_tile(scan, threshold) for scan in scans]
-            )
+            offset, rank = _ranked([part for scan in scans for part in scan.collected or ()], rank)
+            self.cuts = _cuts(scans, self._low + offset, rank)
+        if self._low == self._high:
+            self._probes = (self._low,)
 
 
 def largest(tiles: Iterable[np.ndarray], count: int, sample: np.ndarray | None = None) -> Cut:
@@ -211,25 +249,28 @@ def largest(tiles: Iterable[np.ndarray], count: int, sample: np.ndarray | None =
         scan, start = selection.scan(sum(sizes)), 0
         for tile in tiles:
             bits = np.abs(tile).view(np.int32)
-            scan.add(start, bits, np.empty_like(bits), np.empty(tile.size + 7, np.bool_))
+            scan.add(start, bits, np.empty_like(bits), np.empty(tile.size, np.bool_))
             start += tile.size
         selection.finish([scan])
     return selection.cuts[0]
 
 
-def _compress(values: np.ndarray, flags: np.ndarray, count: int) -> np.ndarray:
-    """`values[flags]`, in order; where few are set, eight flags are looked at in one step."""
-    size = values.size
-    if count * 16 > size:
-        return np.compress(flags[:size], values)
-    padded = -(-size // 8) * 8
-    flags[size:padded] = False
-    groups = np.flatnonzero(flags[:padded].view(np.uint64))
-    where = (groups[:, None] * 8 + np.arange(8))[flags[:padded].reshape(-1, 8)[groups]]
-    return values[where]
+def _ranked(parts: Sequence[np.ndarray], rank: int) -> tuple[int, int]:
+    """The value of this rank (1 is the largest) among all parts, and its rank among its equals."""
+    values = np.concatenate(parts)
+    shift = max(0, int(values.max()).bit_length() - _COARSE_BITS)
+    # Counting in bins first is five times as fast as partitioning everything.
+    coarse = values >> shift
+    bin, above = _bin_of(np.bincount(coarse), rank)
+    values = values[np.flatnonzero(coarse == bin)]
+    rank -= above
+    values.partition(values.size - rank)
+    found = int(values[values.size - rank])
+    return found, rank - int(np.count_nonzero(values > found))
 
 
 def _coarse_bin(scans: Sequence[Scan], rank: int) -> tuple[int, int]:
+    """The bracket of the coarse bin that holds this rank."""
     first = scans[0]
     counts = np.zeros(1 << _COARSE_BITS, np.int64)
     for scan in scans:
@@ -237,29 +278,25 @@ def _coarse_bin(scans: Sequence[Scan], rank: int) -> tuple[int, int]:
             counts += scan.coarse
         for offsets in scan.collected or ():
             counts += np.bincount(offsets >> scan.shift, minlength=counts.size)
-    from_top = np.cumsum(counts[::-1])
-    bin = counts.size - 1 - int(np.searchsorted(from_top, rank))
-    low = first.low + (bin << first.shift)
+    low = first.low + (_bin_of(counts, rank)[0] << first.shift)
     return low, min(low + (1 << first.shift) - 1, first.high)
 
 
-def _equals_by_tile(scan: Scan, threshold: int) -> dict[int, int]:
-    filled = [start for start, inside in scan.tiles if inside]
-    return {
-        start: int(np.count_nonzero(offsets == threshold))
-        for start, offsets in zip(filled, scan.collected or (), strict=True)
-    }
+def _bin_of(counts: np.ndarray, rank: int) -> tuple[int, int]:
+    """The bin that holds this rank, counted from the highest bin, and how many lie in bins above it."""
+    from_top = np.cumsum(counts[::-1])
+    at = int(np.searchsorted(from_top, rank))
+    return counts.size - 1 - at, int(from_top[at] - counts[counts.size - 1 - at])
 
 
-def _cuts(scans: Sequence[Scan], bits: int, equals: int, found: Sequence[dict[int, int]]) -> list[Cut]:
-    """The cut of every part when `equals` elements equal to the threshold are to be kept."""
+def _cuts(scans: Sequence[Scan], threshold: int, equals: int) -> list[Cut]:
+    """The cut of every part when `equals` of the elements equal to the threshold are to be kept."""
     cuts = []
-    for scan, by_tile in zip(scans, found, strict=True):
-        last = Cut(bits, float("inf"))
-        for start, _ in scan.tiles:
-            here = by_tile.get(start, 0)
-            if here >= equals and last.start == float("inf"):
-                last = Cut(bits, float(start), equals)
+    for scan in scans:
+        cut = Cut(threshold, float("inf"))
+        for start, here in scan.equals(threshold):
+            if here >= equals and cut.start == float("inf"):
+                cut = Cut(threshold, float(start), equals)
             equals = max(0, equals - here)
-        cuts.append(last)
+        cuts.append(cut)
     return cuts

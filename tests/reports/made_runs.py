@@ -264,16 +264,14 @@ def half_done(folder: Path) -> RunFolder:
 
 def many_stages(folder: Path, count: int = 30) -> RunFolder:
     """A chain of fine-tunes and merges with `count` stages and long names, in blocks of three."""
-    lines, models = (
-        ["name: many", "stages:", "  start: {train: {model: testbed/xs, data: [source, docs]}}"],
-        ["start"],
-    )
+    lines = ["name: many", "stages:", "  start: {train: {model: testbed/xs, data: [source, docs]}}"]
+    models = ["start"]
     for index in range(count - 2):
         name = f"a-rather-long-name-for-stage-{index}"
         if index % 3 == 2:
-            lines.append(
-                f"  {name}: {{merge: {{method: ties, base: {models[-3]}, models: [{', '.join(models[-2:])}]}}}}"
-            )
+            base, first, second = models[-3:]
+            merged = f"{{method: ties, base: {base}, models: [{first}, {second}]}}"
+            lines.append(f"  {name}: {{merge: {merged}}}")
         else:
             source = models[-1 - index % 3]
             lines.append(f"  {name}: {{finetune: {{model: {source}, data: docs}}}}")

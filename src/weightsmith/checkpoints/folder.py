@@ -51,38 +51,39 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 
 
-def resolve(source: str | Path) -> tuple[Path, str]:
+def resolve(source: str | Path, *, offline: bool = False) -> tuple[Path, str]:
     """The folder that `source` names, and the name to use in messages.
 
     Args:
         source: A folder, or the hub id of a model (`owner/name`, `owner/name@revision`), which is
             downloaded, or taken from the local cache when the hub can't be reached.
+        offline: Look into the local cache only.
 
     Raises:
         CheckpointError: neither a folder nor a model that can be had.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return folder, _label(folder)
+        return folder, label(folder)
     if folder.exists():
         raise CheckpointError(
             f"{source}: a file; expected the folder of a checkpoint (config.json beside weights)"
         )
     text = str(source)
     if not isinstance(source, Path) and _HUB_ID.fullmatch(text):
-        return _download(text), text
+        return _download(text, offline), text
     left = sorted(folder.parent.glob(f".{folder.name}.weightsmith-*.old")) if folder.parent.is_dir() else []
     hint = f"; an interrupted overwrite left its old content in {left[0]}" if left else ""
     raise CheckpointError(f"{source}: no such folder{hint}")
 
 
-def _label(folder: Path) -> str:
+def label(folder: Path) -> str:
     """The folder's name; a stage's `.../<stage>/checkpoint` is called by its stage."""
     path = Path(os.path.abspath(folder))
     return path.parent.name if path.name == "checkpoint" and path.parent.name else path.name or str(path)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, offline: bool) -> Path:
     """A snapshot of the safetensors and side files of a hub model, or the cached one."""
     import huggingface_hub
 
@@ -91,7 +92,11 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*.safetensors"]
+                repo,
+                revision=revision or None,
+                allow_patterns=wanted,
+                ignore_patterns=["*/*.safetensors"],
+                local_files_only=offline,
             )
         )
     # The hub's errors derive from OSError (HTTP, offline, not cached) or ValueError (malformed id).
@@ -109,14 +114,18 @@ def is_adapter(folder: Path) -> bool:
     )
 
 
-def side_files(folder: Path) -> tuple[Path, ...]:
-    """The files of `folder` that a copy carries over, sorted: never weights, pickle, or our lineage."""
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether `folder` looks like a model or an adapter; damaged ones count."""
+    return any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE, ADAPTER_CONFIG))
+
+
+def side_files(folder: Path) -> dict[str, Path]:
+    """The files of `folder` that a copy carries over, by name: never weights, pickle, or our lineage."""
     found = [path for path in folder.iterdir() if path.is_file()]
     found += folder.glob("additional_chat_templates/*.jinja")
     names = {path.relative_to(folder).as_posix(): path for path in found}
-    return tuple(
-        names[name] for name in sorted(names) if any(fnmatch.fnmatchcase(name, mask) for mask in SIDE_FILES)
-    )
+    kept = (name for name in sorted(names) if any(fnmatch.fnmatchcase(name, mask) for mask in SIDE_FILES))
+    return {name: names[name] for name in kept}
 
 
 def read_object(path: Path) -> dict[str, Any]:

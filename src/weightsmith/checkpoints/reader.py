@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from weightsmith.checkpoints.lineage import Lineage
 
 _PLAIN = frozenset(FLOAT_DTYPES)
+
+Place = tuple[int, int, int, int, str]
+"""Of one tensor: descriptor, first byte, bits per element, elements, dtype."""
 
 
 class _Scratch(threading.local):
@@ -49,53 +53,75 @@ class Checkpoint:
         config: Its config.json; empty when there is none.
         tensors: The stored tensors by name, sorted.
         tied: Names absent from the files -> the stored tensor that a loader uses for them.
-        side_files: The files that a copy carries over (see `folder.SIDE_FILES`).
         quantized: Why the weights are not plain numbers (a sentence), or an empty string when they are.
             Such a checkpoint can be listed and copied, not merged.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.path = folder
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        *,
+        config: dict[str, Any],
+        side_files: Mapping[str, Path],
+        files: folders.OpenFiles,
+        tensors: Mapping[str, TensorInfo],
+        descriptors: Mapping[Path, int],
+    ) -> None:
+        self.path = path
         self.name = name
-        config = folder / "config.json"
-        self.config: dict[str, Any] = folders.read_object(config) if config.is_file() else {}
-        self.side_files: tuple[Path, ...] = folders.side_files(folder)
-        self._files = folders.open_weights(folder)
-        self.tensors: dict[str, TensorInfo] = dict(sorted(self._files.tensors.items()))
-        self.tied: dict[str, str] = tied_names(self.tensors.keys(), self.config)
-        self.quantized: str = _quantized(self.config, self.tensors)
-        # name -> (descriptor, first byte, bits per element, elements, dtype): what a read needs, in one
-        # look-up.
-        self._places = {
-            info.name: (
-                self._files.descriptors[info.file],
-                info.begin,
-                DTYPE_BITS[info.dtype],
-                info.numel,
-                info.dtype,
-            )
-            for info in self.tensors.values()
-        }
+        self.config = config
+        self.tensors: dict[str, TensorInfo] = dict(sorted(tensors.items()))
+        self.tied: dict[str, str] = tied_names(self.tensors.keys(), config)
+        self.quantized: str = _quantized(config, self.tensors)
+        self._side_files = dict(sorted(side_files.items()))
+        self._files = files
+        # What a read needs, in one look-up.
+        self._places = {info.name: place_of(info, descriptors) for info in self.tensors.values()}
 
     @classmethod
-    def open(cls, source: str | Path, *, base: str | Path | Checkpoint | None = None) -> Checkpoint:
+    def open(
+        cls, source: str | Path, *, base: str | Path | Checkpoint | None = None, offline: bool = False
+    ) -> Checkpoint:
         """Open a model folder, a hub model, or a PEFT adapter on top of its base.
 
         Args:
             source: A folder or a hub id (`owner/name`, `owner/name@revision`).
-            base: For an adapter, the model it belongs to, instead of the one its config names.
+            base: For an adapter, the model it belongs to, instead of the one its config names. A checkpoint
+                given here stays the caller's to close.
+            offline: Never ask the hub, use its local cache only.
 
         Raises:
             CheckpointError: it can't be had, or it is not a sound checkpoint; one line that says what is
                 wrong.
             SystemFault: the machine refused to read it.
         """
-        folder, name = folders.resolve(source)
+        folder, name = folders.resolve(source, offline=offline)
         if folders.is_adapter(folder):
-            from weightsmith.checkpoints.adapter import AdapterCheckpoint
+            from weightsmith.checkpoints.adapter import open_adapter
 
-            return AdapterCheckpoint(folder, name, base)
-        return Checkpoint(folder, name)
+            return open_adapter(folder, name, base, offline=offline)
+        config = folder / "config.json"
+        values = folders.read_object(config) if config.is_file() else {}
+        files = folders.open_weights(folder)
+        return Checkpoint(
+            folder,
+            name,
+            config=values,
+            side_files=folders.side_files(folder),
+            files=files,
+            tensors=files.tensors,
+            descriptors=files.descriptors,
+        )
+
+    @property
+    def side_files(self) -> tuple[Path, ...]:
+        """The files that a copy carries over, sorted by name: never weights, pickle, or our lineage."""
+        return tuple(self._side_files.values())
+
+    def side_file_map(self) -> dict[str, Path]:
+        """The side files by the name they have inside the folder: what `CheckpointWriter` takes."""
+        return dict(self._side_files)
 
     def read(
         self, name: str, start: int = 0, stop: int | None = None, out: np.ndarray | None = None
@@ -196,9 +222,9 @@ class Checkpoint:
 
         return read_lineage(self.path)
 
-    def side_file_map(self) -> dict[str, Path]:
-        """The side files by the name they have inside the folder: what `CheckpointWriter` takes."""
-        return {path.relative_to(self.path).as_posix(): path for path in self.side_files}
+    def descriptors(self) -> dict[Path, int]:
+        """The open files of the stored tensors."""
+        return dict(self._files.descriptors)
 
     def close(self) -> None:
         """Close the files; reading afterwards is an error."""
@@ -213,7 +239,7 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    def _place(self, name: str) -> tuple[int, int, int, int, str]:
+    def _place(self, name: str) -> Place:
         """The place of a tied name."""
         stored = self.tied.get(name)
         if stored in self._places:
@@ -225,10 +251,10 @@ class Checkpoint:
     def _fill(self, out: np.ndarray, descriptor: int, offset: int, name: str) -> None:
         """Read `out` full from `offset`."""
         try:
-            got = os.preadv(descriptor, (out,), offset)
+            got = os.preadv(descriptor, (out.data,), offset)
             if got == out.nbytes:
                 return
-            rest = memoryview(out).cast("B")
+            rest = out.data.cast("B")
             while got < out.nbytes:  # past 2 GiB, and after a signal, the kernel reads less than asked
                 more = os.preadv(descriptor, (rest[got:],), offset + got)
                 if not more:
@@ -241,6 +267,11 @@ class Checkpoint:
             if isinstance(fault, SystemFault):
                 raise
             raise SystemFault(f"{self.path}: reading tensor `{name}`: {fault.strerror}") from fault
+
+
+def place_of(info: TensorInfo, descriptors: Mapping[Path, int]) -> Place:
+    """Where a tensor of open files lies."""
+    return descriptors[info.file], info.begin, DTYPE_BITS[info.dtype], info.numel, info.dtype
 
 
 _FLOAT32 = np.dtype(np.float32)

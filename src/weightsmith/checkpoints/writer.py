@@ -216,7 +216,7 @@ class CheckpointWriter:
     def _put(self, target: _Target, raw: np.ndarray, offset: int) -> None:
         part = fingerprints.checksum(raw, offset)
         try:
-            _pwrite(target.descriptor, raw, target.offset + offset)
+            _pwrite(target.descriptor, raw.data, target.offset + offset)
         except OSError as fault:
             raise SystemFault(f"{self.out}: writing tensor `{target.spec.name}`: {fault.strerror}") from fault
         with target.lock:
@@ -280,7 +280,7 @@ class _Target:
         self.written[low:high] = [(start, stop)]
 
 
-def _pwrite(descriptor: int, data: bytes | np.ndarray, offset: int) -> None:
+def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], offset + done)

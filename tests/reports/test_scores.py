@@ -122,3 +122,49 @@ def test_one_ruined_model_does_not_wash_out_the_colours_of_the_others(tmp_path):
     scores["ties"] = bits([40.0, 50.0, 60.0, 70.0])
     made.scores("scores", scores)
     assert score_tables(read_run(made.folder))[0].span == 0.25
+
+
+def test_a_fine_tune_on_a_group_of_skills_is_no_control(tmp_path):
+    page = """\
+stages:
+  base: {train: {model: testbed/s, data: skills}}
+  strings: {finetune: {model: base, data: strings}}
+  lookup: {finetune: {model: base, data: [{source: lookup, weight: 2.0}]}}
+  joint: {finetune: {model: base, data: [strings, lookup]}}
+  m: {merge: {method: ties, base: base, models: [strings, lookup]}}
+  s: {evaluate: {models: [base, strings, lookup, joint, m], tasks: skills}}
+"""
+    made = RunFolder(tmp_path / "run", page)
+    made.finish("s", "evaluate", {})
+    score = {"metric": "exact_match", "value": 0.5, "higher_is_better": True, "n": 400}
+    models = dict.fromkeys(
+        ("base", "strings", "lookup", "joint", "m"), dict.fromkeys(("reverse", "sort", "lookup"), score)
+    )
+    made.scores("s", models)
+    table = score_tables(read_run(made.folder))[0]
+    assert {row.name: row.role for row in table.rows} == {
+        "base": "base",
+        "strings": "fine-tune",
+        "lookup": "fine-tune",
+        "m": "merge",
+        "joint": "control",
+    }
+    own = {
+        row.name: [c.task for c, e in zip(table.columns, row.cells, strict=True) if e.own]
+        for row in table.rows
+    }
+    assert own["strings"] == ["reverse", "sort"]
+    assert own["lookup"] == ["lookup"]
+    assert own["joint"] == []
+
+
+def test_a_recall_below_zero_has_no_noise_estimate(tmp_path):
+    made = RunFolder(tmp_path / "run", "stages:\n  s: {evaluate: {models: [a/b], tasks: alignment}}\n")
+    made.finish("s", "evaluate", {})
+    made.scores(
+        "s",
+        {"a/b": {"honest": {"metric": "balanced_recall", "value": -0.2, "higher_is_better": True, "n": 9}}},
+    )
+    table = score_tables(read_run(made.folder))[0]
+    assert cell(table, "a/b", "honest").stderr is None
+    assert table.columns[0].show(-0.2) == "−20.0"

@@ -14,9 +14,9 @@ from markupsafe import Markup
 
 from weightsmith.reports.folder import Run
 from weightsmith.reports.scores import Cell, Column, Row, ScoreTable
+from weightsmith.testbed.domains import DOMAINS
 
 SMALL_LEAD = 0.005
-DOMAINS = ("source", "docs", "tables", "names")
 DOMAIN_GAIN, ARITHMETIC_GAIN, SKILL_GAIN = 0.07, 0.04, 0.10
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from weightsmith.evaluation.score import RANGES
 from weightsmith.reports.folder import Run, Stage
+from weightsmith.testbed.tasks import NAMES, expand
 
 Role = Literal["base", "fine-tune", "merge", "control", "model"]
 # Of one and of several.
@@ -27,6 +28,7 @@ ROLE_TITLES: dict[Role, tuple[str, str]] = {
 }
 Models = Mapping[str, Mapping[str, Mapping[str, Any]]]  # model -> task -> score
 MERGE_KINDS = ("merge", "average")
+TRAINING_KINDS = ("train", "finetune")
 UNITS = {"bits_per_character": "bits", "bits_per_byte": "bits", "perplexity": ""}
 
 
@@ -57,8 +59,10 @@ class Column:
     def show(self, value: float) -> str:
         """A value of this column in print, without its unit."""
         if self.is_share:
-            return f"{100 * value:.1f}"
-        return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+            words = f"{100 * value:.1f}"
+        else:
+            words = f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+        return words.replace("-", "−")
 
     def show_change(self, change: float) -> str:
         """A change in print; its sign says where the value went, not whether that is good."""
@@ -153,15 +157,23 @@ def base_of(run: Run, models: Sequence[str]) -> str | None:
 
 
 def data_of(stage: Stage | None) -> tuple[str, ...]:
-    """Names of the data a stage trains on: the page gives one, a list, or a mapping to shares."""
+    """Names of the data a stage trains on; a page gives one or a list, each a name or a mapping."""
     data = stage.config.get("data") if stage else None
-    if data is None:
-        return ()
-    return (data,) if isinstance(data, str) else tuple(str(item) for item in data)
+    listed = [] if data is None else data if isinstance(data, list | tuple) else [data]
+    return tuple(str(item.get("source", "") if isinstance(item, Mapping) else item) for item in listed)
+
+
+def own_tasks(stage: Stage | None) -> set[str]:
+    """The tasks a stage trains on, the test-bed's sets of tasks taken apart."""
+    return {task for name in data_of(stage) for task in (expand(name) if name in NAMES else (name,))}
 
 
 def role_of(run: Run, name: str, base: str | None) -> Role:
-    """What a model is in the story of the run."""
+    """What a model is in the story of the run.
+
+    A control is a model trained on everything that the merged fine-tunes were trained on, and not merged
+    itself.
+    """
     stage = run.stage(name)
     if name == base:
         return "base"
@@ -169,9 +181,12 @@ def role_of(run: Run, name: str, base: str | None) -> Role:
         return "model"
     if stage.kind in MERGE_KINDS:
         return "merge"
-    if stage.kind in ("train", "finetune"):
-        return "control" if len(data_of(stage)) > 1 else "fine-tune"
-    return "model"
+    if stage.kind not in TRAINING_KINDS:
+        return "model"
+    read = {model for other in run.stages if other.kind in MERGE_KINDS for model in other.reads} - {base}
+    merged = [other for other in run.stages if other.name in read and other.kind in TRAINING_KINDS]
+    union = set().union(*(own_tasks(other) for other in merged))
+    return "control" if len(merged) > 1 and name not in read and union <= own_tasks(stage) else "fine-tune"
 
 
 def _table(run: Run, stage: Stage, record: Mapping[str, Any]) -> ScoreTable:
@@ -186,7 +201,7 @@ def _table(run: Run, stage: Stage, record: Mapping[str, Any]) -> ScoreTable:
     best_merge = _best(columns, values, [name for name in models if roles[name] == "merge"])
     rows = []
     for name in models:
-        own = data_of(run.stage(name)) if roles[name] == "fine-tune" else ()
+        own = own_tasks(run.stage(name)) if roles[name] == "fine-tune" else set()
         cells = []
         for index, column in enumerate(columns):
             value, stderr = values[name][index]
@@ -253,7 +268,7 @@ def _values(
 def _stderr(column: Column, score: Mapping[str, Any]) -> float | None:
     """Of a share it follows from the number of items."""
     value, n = score.get("value"), score.get("n")
-    if column.is_share and n and value is not None:
+    if RANGES.get(column.metric) == (0.0, 1.0) and n and value is not None:
         return math.sqrt(value * (1 - value) / n)
     return None
 

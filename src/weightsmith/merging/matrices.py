@@ -86,7 +86,8 @@ def _qkv_proj(shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, t
     kind = config.get("model_type", "")
     heads, head, groups = _heads(config)
     if kind == "codegen":  # four groups of heads, each query, value, key
-        return 0, _strided(shape[0], (4, 3, heads * head // 4))
+        query, value, key = _strided(shape[0], (4, 3, heads * head // 4))
+        return 0, (query, key, value)
     if kind == "minimax":  # each head query, key, value
         return 0, _strided(shape[0], (heads, 3, head))
     return 0, _blocks(shape[0], heads * head, groups * head, groups * head)

@@ -21,10 +21,10 @@ import numpy as np
 from weightsmith.errors import InputError, nearest
 
 DTYPE_BITS: dict[str, int] = {
+    "BOOL": 8,
     "F4": 4,
     "F6_E2M3": 6,
     "F6_E3M2": 6,
-    "BOOL": 8,
     "U8": 8,
     "I8": 8,
     "F8_E5M2": 8,
@@ -44,7 +44,7 @@ DTYPE_BITS: dict[str, int] = {
     "I64": 64,
     "U64": 64,
 }
-"""Bits per element of every dtype a safetensors header can name."""
+"""Bits per element of every dtype a safetensors header can name, in the format's own order."""
 
 DTYPE_BYTES: dict[str, int] = {name: bits // 8 for name, bits in DTYPE_BITS.items() if bits >= 8}
 """Bytes per element, packed dtypes (less than a byte) left out."""

@@ -43,7 +43,7 @@ def with_any(found):
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
-    """A working folder with `models/base` and three fine-tunes of it, as the pages assume."""
+    """A working folder as the pages assume it: models in `models/` and beside it, some data, a run."""
     shapes = parameter_shapes(model_config("xs"))
     files = {name: content.encode() for name, content in model_files("xs").items()}
     specs = [TensorSpec(name, "F32", shape) for name, shape in shapes.items()]
@@ -57,6 +57,11 @@ def desk(tmp_path, monkeypatch):
                     name, (values + 0.001 * bool(index) * own.normal(0, 1, shape)).astype(np.float32)
                 )
             writer.commit()
+        (tmp_path / model).symlink_to(folder)
+    (tmp_path / "contracts.jsonl").write_text('{"text": "The parties agree."}\n')
+    (tmp_path / "contracts-test.txt").write_text("The parties disagree.\n")
+    (tmp_path / "exam.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
+    (tmp_path / "quiz.jsonl").write_text('{"question": "1+1=", "options": ["2", "3"], "answer": 0}\n')
     run = tmp_path / "runs" / "example"
     run.mkdir(parents=True)
     (run / "recipe.yaml").write_text("stages:\n  base: {train: {model: testbed/xs, data: docs}}\n")

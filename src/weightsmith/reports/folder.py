@@ -33,7 +33,8 @@ class Stage:
         name: Its name on the page.
         kind: `train`, `finetune`, `merge`, `average`, `evaluate`, ...
         config: Options, as resolved by the run if it got that far, else as written on the page.
-        reads: Models it reads, in page order: names of earlier stages, folders, hub ids.
+        reads: Models it reads, in page order: names of earlier stages, folders, hub ids. A size of the
+            test-bed is no model yet.
         state: `done`; `failed` (the last try raised); `stopped` (started, never ended); `waiting` (never
             started, or skipped because a stage it reads failed).
         reused: The latest run found it done.
@@ -193,7 +194,7 @@ def _stage(run: Path, name: str, body: Mapping[str, Any], ledger: list[dict[str,
         name=name,
         kind=str(kind),
         config=record.get("config") or written,
-        reads=models_named(written) if kind != "train" else (),
+        reads=tuple(model for model in models_named(written) if not model.startswith("testbed/")),
         state=state,
         folder=folder,
         reused=last.get("event") == "reused",

@@ -169,7 +169,12 @@ def test_the_change_is_added_to_the_base():
     found, info = merge_whole(Tsvm(alpha=(1.0, 0.5, 2.0)), base, models.copy())
     expected = base + reference(models - base, alpha=(1.0, 0.5, 2.0))
     np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert info == {"matrices": 1, "ranks": [3.0, 3.0, 3.0], "weights": [1.0, 1.0, 1.0]}
+    assert info == {
+        "matrices": 1,
+        "full_rank": 10.0,
+        "ranks": [3.0, 3.0, 3.0],
+        "weights": [1.0, 1.0, 1.0],
+    }
 
 
 def test_what_is_no_matrix_is_averaged():

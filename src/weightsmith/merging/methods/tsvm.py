@@ -134,8 +134,8 @@ class Tsvm:
             stats: What `survey_all` found for this parameter, for options that need it.
 
         Returns:
-            The merged parameter, and {"matrices", "ranks", "weights"}: how many matrices it held, mean rank
-            used and mean weight of each model over them.
+            The merged parameter, and {"matrices", "full_rank", "ranks", "weights"}: how many matrices it
+            held; means over them of min(M, N), of the rank used of each model, of each model's weight.
         """
         import torch
 
@@ -145,7 +145,7 @@ class Tsvm:
         config: Mapping[str, Any] = getattr(parameter, "config", None) or {}
         old, new = base.reshape(shape), models.reshape(len(models), *shape)
         merged = np.empty_like(old)
-        changes = []
+        changes, full = [], []
         with one_thread():
             for index in matrix_indices(parameter.name, parameter.shape, config, self.split_fused):
                 origin = torch.from_numpy(old[index]).to(device)
@@ -156,8 +156,10 @@ class Tsvm:
                     (origin if change.values is None else change.values.add_(origin)).cpu().numpy()
                 )
                 changes.append(change)
+                full.append(min(deltas.shape[1:]))
         info = {
             "matrices": len(changes),
+            "full_rank": float(np.mean(full)),
             "ranks": np.mean([change.ranks for change in changes], axis=0).tolist(),
             "weights": np.mean([change.weights for change in changes], axis=0).tolist(),
         }

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file as save_torch
 
 from weightsmith.checkpoints import Checkpoint
-from weightsmith.errors import CheckpointError, InputError
+from weightsmith.errors import CheckpointError, InputError, SystemFault
 from weightsmith.tensors.floats import BLOCK
 
 
@@ -284,6 +284,22 @@ def test_a_hub_id_in_the_local_cache_is_opened_without_the_hub(monkeypatch, writ
 def test_a_stage_checkpoint_is_called_by_its_stage(write_model, tensors):
     with Checkpoint.open(write_model("stages/code/checkpoint", tensors)) as checkpoint:
         assert checkpoint.name == "code"
+
+
+def test_a_folder_the_system_will_not_show_is_a_system_fault(write_model, tensors, monkeypatch):
+    folder = write_model("m", tensors)
+
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(folder), "iterdir", refuse)
+    with pytest.raises(SystemFault, match="m: permission denied"):
+        Checkpoint.open(folder)
+    monkeypatch.undo()
+    with Checkpoint.open(folder) as checkpoint:
+        monkeypatch.setattr("os.preadv", refuse)
+        with pytest.raises(SystemFault, match=r"reading tensor `model.norm.weight`: Permission denied"):
+            checkpoint.read("model.norm.weight")
 
 
 def test_quantised_models_open_and_say_so(write_model, tensors):

@@ -123,6 +123,8 @@ def test_missing_and_changed_ancestors_are_told_apart_and_the_tree_stays_whole(f
     assert nodes["tune1"].found is None
     assert nodes["tune1"].note == f"{tmp_path / 'tune1'} has its name and other content"
     assert nodes["tune0"].inputs[0].inputs[0].name == "original"
+    (tmp_path / "tune1" / "model.safetensors").write_bytes(b"torn")
+    assert trace(family).inputs[2].note == f"{tmp_path / 'tune1'} has its name but can't be read"
 
 
 def test_renamed_ancestors_are_found_by_content(family, tmp_path):

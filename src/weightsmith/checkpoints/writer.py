@@ -28,7 +28,7 @@ from weightsmith.checkpoints.layout import MAX_SHARD_BYTES, TensorSpec, is_weigh
 from weightsmith.checkpoints.lineage import Lineage
 from weightsmith.checkpoints.staging import Staging
 from weightsmith.errors import CheckpointError, SystemFault
-from weightsmith.runs.atomic import system_faults
+from weightsmith.runs.atomic import sync_folder, system_faults
 from weightsmith.tensors.floats import BLOCK, DTYPE_BITS, FLOAT_DTYPES, from_float32, storage_dtype
 
 _EARLY_BYTES = 1 << 20
@@ -251,6 +251,8 @@ class CheckpointWriter:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+        for folder in {(part / name).parent for name in self._side_files} - {part}:
+            sync_folder(folder)
 
     def _close(self) -> None:
         while self._descriptors:
@@ -320,4 +322,6 @@ def _check_side_files(side_files: Mapping[str, Path | bytes]) -> dict:
         value = json.loads(config if isinstance(config, bytes) else config.read_bytes())
     except ValueError as problem:
         raise CheckpointError(f"config.json: not valid JSON: {problem}") from problem
+    if not isinstance(value, dict):
+        raise CheckpointError(f"config.json: holds {type(value).__name__}, expected a JSON object")
     return value

@@ -29,7 +29,11 @@ def imported_rooms(module: Path) -> set[str]:
     rooms = set()
     for node in ast.walk(ast.parse(module.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module] if node.module != "weightsmith" else [f"weightsmith.{a.name}" for a in node.names]
+            names = (
+                [node.module]
+                if node.module != "weightsmith"
+                else [f"weightsmith.{a.name}" for a in node.names]
+            )
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         else:

@@ -60,7 +60,9 @@ class Stage:
     @property
     def method(self) -> str:
         """The merge method; `average` has none on the page because it knows only one."""
-        return str(self.config.get("method", "")) if self.kind != "average" else "uniform average"
+        if self.kind == "average":
+            return "uniform average"
+        return str(self.config.get("method") or self.config.get("merge_method") or "")
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -190,11 +192,13 @@ def _stage(run: Path, name: str, body: Mapping[str, Any], ledger: list[dict[str,
     state = _state(record, last)
     if state != "done":
         record = {}
+    # The record has the run's own list; before there is one, the page's usual places must do.
+    reads = record.get("inputs") or models_named(written)
     return Stage(
         name=name,
         kind=str(kind),
         config=record.get("config") or written,
-        reads=tuple(model for model in models_named(written) if not model.startswith("testbed/")),
+        reads=tuple(model for model in reads if not model.startswith("testbed/")),
         state=state,
         folder=folder,
         reused=last.get("event") == "reused",

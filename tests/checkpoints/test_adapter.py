@@ -238,6 +238,12 @@ def test_weights_that_modules_share_are_adapted_together_or_not_at_all(
         Checkpoint.open(write_adapter(base, low_rank, "low"))
 
 
+def test_low_rank_changes_of_packed_weights_are_refused(write_model, write_adapter, tensors, factors):
+    packed = {"model.layers.0.self_attn.q_proj.weight": np.zeros((8, 8), np.int8)}
+    with pytest.raises(CheckpointError, match="which the base stores as I8"):
+        Checkpoint.open(write_adapter(write_model("base", {**tensors, **packed}), factors))
+
+
 def test_a_base_that_cannot_be_had_is_named(write_adapter, factors, tmp_path):
     with pytest.raises(CheckpointError, match=r"adapter without its base model: .*gone: no such folder"):
         Checkpoint.open(write_adapter(tmp_path / "gone", factors))

@@ -148,6 +148,7 @@ def test_killed_at_twenty_random_moments_what_is_visible_is_whole(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_at_a_thousand_random_moments_what_is_visible_is_whole(tmp_path):
     killed_at_random(tmp_path, 1, 1000)
 

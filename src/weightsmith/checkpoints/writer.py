@@ -4,7 +4,8 @@ Tensors come whole or in pieces, in any order and from any thread; each piece is
 checksum and written to its final offset. Nothing is visible under the output's name until `commit`, which
 checks that every element was written, flushes all files and renames the folder (see `staging.py`).
 
-Cost  0.8 ns per element for float32 -> bfloat16 on a warm system; one block of scratch per thread.
+Cost  1.5 ns per element for float32 -> bfloat16: cast 0.6, checksum 0.3, write 0.5 into the page cache. One
+      block of scratch per thread.
 """
 
 from __future__ import annotations

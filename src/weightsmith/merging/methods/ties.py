@@ -26,7 +26,7 @@ from weightsmith.merging.election import elect, vote_balance
 from weightsmith.merging.options import check_range
 from weightsmith.merging.parameter import ParallelMap, Parameter, PerModel, Tile
 from weightsmith.merging.sums import piece_absolutes, total
-from weightsmith.merging.trimming import Cuts, model_cuts, tensor_cuts, trimmed_deltas
+from weightsmith.merging.trimming import Cuts, collected_bytes, model_cuts, tensor_cuts, trimmed_deltas
 from weightsmith.tensors.blend import scaled
 
 
@@ -106,6 +106,12 @@ class Ties:
         pairs = dict(zip((p.name for p in parameters), found, strict=True))
         balance = sum(parallel(lambda parameter: self._balance(parameter, pairs[parameter.name]), parameters))
         return {name: TiesStats(stats.cuts, stats.factors, balance < 0) for name, stats in pairs.items()}
+
+    def survey_bytes(self, parameters: Sequence[Parameter], threads: int) -> int:
+        """Memory that surveys of these tensors take beyond their tiles."""
+        if not self._trims:
+            return 0
+        return collected_bytes(parameters, self._densities, threads, by_tensor=self.trim_scope == "tensor")
 
     def merge_tile(self, tile: Tile, stats: TiesStats) -> np.ndarray:
         """Base plus the elected change, fp32 (n,)."""

@@ -151,7 +151,7 @@ class Ties:
             tile = parameter.tile(tile.start, tile.start + tile.numel)
             for index, delta in enumerate(trimmed_deltas(tile, cuts)):
                 after[index].append(piece_absolutes(delta, parameter, tile.scratch))
-        return TiesStats(cuts, l1_factors(map(total, before), map(total, after)))
+        return TiesStats(cuts, l1_factors([total(x) for x in before], [total(x) for x in after]))
 
 
 def l1_factors(before: Sequence[float], after: Sequence[float]) -> tuple[float, ...]:

@@ -224,7 +224,7 @@ def _double_svd(wide: Tensor, rank: int) -> Triplets:
 def _surely_weak(gram: Tensor, rank: int) -> Tensor:
     """Which matrices of a batch fp32 can't serve, where a cheap bound proves it before `eigh` is paid for.
 
-    With l_1 .. l_p Ritz values of a small subspace, eigenvalue `rank` is at most (trace - sum l) / (rank - p).
+    With Ritz values l_1 .. l_p of a small subspace, eigenvalue `rank` is at most (trace - sum l)/(rank - p).
     Matrices of exactly low rank are not meant, which have next to nothing outside of that subspace.
     """
     probes = min(32, rank // 2)

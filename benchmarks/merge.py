@@ -44,10 +44,11 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }
 AGREEMENT = {
     "linear": (
-        "equal but for the last bfloat16 place in at most 1 of 1,000 entries: sums are rounded in another order"
+        "equal, but for the last bfloat16 place in at most 1 of 1,000 entries: sums are rounded in another "
+        "order"
     ),
     "ties": (
-        "equal to the last bfloat16 place outside entries whose change is as large as the last one kept: "
+        "equal to the last bfloat16 place, outside entries whose change is as large as the last one kept: "
         "mergekit's unstable sort keeps any of those, Weightsmith the lower index; at most 1 of 20 entries"
     ),
     "dare_ties": "random: mean magnitude of the change within 1 % and share of changed entries within 0.01",

@@ -92,6 +92,11 @@ def compete(folder: Path, size: str, method: str, rounds: int) -> dict[str, Any]
     }
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     agreement: dict[str, Any] = {}
+    written = 0
+    warm(read)
+    clean(inputs)
+    said = subprocess.run([*commands["weightsmith"], "--check"], stdout=subprocess.PIPE, check=True).stdout
+    prediction = json.loads(said)["prediction"]
     for number in range(rounds):
         clean(inputs)
         for name, command in commands.items():
@@ -102,10 +107,12 @@ def compete(folder: Path, size: str, method: str, rounds: int) -> dict[str, Any]
             print(f"{size} {method} {name}: {runs[name][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
         if number == 0:
             agreement = json.loads(helper("compare", method, str(inputs)))
+            written = sum(file.stat().st_size for file in (inputs / "ours").iterdir())
             if not agreement["agrees"]:
                 sys.exit(f"{size} {method}: the outputs differ: {agreement}")
     clean(inputs)
-    return summary(size, method, runs, agreement)
+    result = summary(size, method, runs, agreement)
+    return result | {"prediction": against(prediction, result, written)}
 
 
 def clean(inputs: Path) -> None:
@@ -140,11 +147,21 @@ def summary(size: str, method: str, runs: dict[str, list[dict[str, Any]]], agree
     }
 
 
+def against(prediction: dict[str, float], result: dict[str, Any], written: int) -> dict[str, Any]:
+    """What `--check` had said, and what then happened divided by it."""
+    return prediction | {
+        "seconds_ratio": result["merge_seconds"] / prediction["seconds"],
+        "memory_ratio": result["memory_bytes"]["weightsmith"] / prediction["memory_bytes"],
+        "disk_exact": written == prediction["disk_bytes"],
+    }
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
     lines = [
-        "| size | method | Weightsmith | mergekit | faster | memory | mergekit's | less | merge / `cp -r` |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| size | method | Weightsmith | mergekit | faster | memory | mergekit's | less | merge / `cp -r` "
+        "| took / predicted |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         low, high = result["speedup_range"]
@@ -153,7 +170,7 @@ def table(results: list[dict[str, Any]]) -> str:
             f"| {result['size']} | `{result['method']}` | {result['seconds']['weightsmith']:.1f} s "
             f"| {result['seconds']['mergekit']:.1f} s | {result['speedup']:.1f}x ({low:.1f}-{high:.1f}) "
             f"| {memory['weightsmith']} | {memory['mergekit']} | {result['memory_ratio']:.0f}x "
-            f"| {result['merge_over_copy']:.2f} |"
+            f"| {result['merge_over_copy']:.2f} | {result['prediction']['seconds_ratio']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

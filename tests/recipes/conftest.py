@@ -11,7 +11,8 @@ RECIPE = """\
 name: tiny
 stages:
   base:
-    train: &short {model: FOLDER/model, data: FOLDER/a.txt, steps: 6, batch_size: 2, save_every: 2, sequence_length: 32}
+    train: &short
+      {model: FOLDER/model, data: FOLDER/a.txt, sequence_length: 32, batch_size: 2, steps: 6, save_every: 2}
   one: {finetune: {<<: *short, model: base, data: FOLDER/b.txt, replay: 0.25, steps: 4}}
   two: {finetune: {<<: *short, model: base, steps: 4}}
   merged:
@@ -58,7 +59,7 @@ def results():
             content = file.read_bytes()
             if file.name == "stage.json":
                 record = json.loads(content)
-                for key in ("seconds", "peak_bytes", "predicted", "digests"):
+                for key in ("seconds", "peak_bytes", "predicted", "digests", "fingerprint"):
                     del record[key]
                 content = json.dumps(record).encode()
             elif file.name == "metrics.jsonl":

@@ -14,6 +14,7 @@ import pytest
 
 from weightsmith.recipes import Inline, run_recipe
 from weightsmith.recipes.record import is_intact, read_record
+from weightsmith.recipes.standin import folder_bytes
 from weightsmith.runs import FolderLock, read_lines
 
 pytest.importorskip("transformers")
@@ -23,7 +24,8 @@ pytest.importorskip("transformers")
 def warm(monkeypatch):
     """Starts runs of a recipe in forks of one process that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["weightsmith.recipes.preload", "weightsmith.recipes.runner"])
+    parts = ["preload", "page", "runner", "executors", "stages.average"]
+    context.set_forkserver_preload(["ruamel.yaml", *(f"weightsmith.recipes.{part}" for part in parts)])
     # Children would import pytest over again to have the same `__main__`.
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
@@ -38,8 +40,12 @@ def warm(monkeypatch):
     return start
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])])
+SLOW = [pytest.mark.slow, pytest.mark.timeout(7200)]
+
+
+@pytest.mark.parametrize("kills", [20, pytest.param(1000, marks=SLOW)])
 def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(recipe, tmp_path, warm, results, kills):
+    warm(recipe, tmp_path / "first").join()  # starts the server, which takes longer than a run
     started = time.monotonic()
     undisturbed = warm(recipe, tmp_path / "undisturbed")
     undisturbed.join()
@@ -56,7 +62,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(recipe, tmp_p
         finished = False
         while not finished:
             process = warm(recipe, root)
-            process.join(moments.uniform(0, seconds / 3) if killed < kills else None)
+            process.join(moments.uniform(0, seconds / 2) if killed < kills else None)
             if finished := process.exitcode is not None:
                 assert process.exitcode == 0
                 continue
@@ -65,8 +71,12 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(recipe, tmp_p
             killed += 1
             for stage in (root / "tiny" / "stages").glob("*/stage.json"):
                 assert is_intact(stage.parent, read_record(stage.parent)), stage
-        assert results(root / "tiny") == expected
+        assert differing(results(root / "tiny"), expected) == []
     assert killed == kills
+
+
+def differing(found, expected):
+    return sorted(name for name in found | expected if found.get(name) != expected.get(name))
 
 
 RUN = """
@@ -90,37 +100,42 @@ def command(recipe, tmp_path):
     return start
 
 
-def test_two_runs_at_once_do_each_stage_once_and_agree_with_one_process(recipe, tmp_path, command, results):
-    run_recipe(recipe, root=tmp_path / "inline", executor=Inline())
+def test_stages_die_with_their_run_and_two_runs_at_once_share_the_rest_at_the_predicted_cost(
+    recipe, tmp_path, warm, command, results
+):
+    recipe.write_text(recipe.read_text().replace("steps: 6", "steps: 80, log_every: 2"))
+    undisturbed = warm(recipe, tmp_path / "undisturbed")
+    run = tmp_path / "runs" / "tiny"
+    first = command(tmp_path / "runs")
+    metrics = run / "stages" / "base" / "metrics.jsonl"
+    _until(lambda: len(read_lines(metrics)) >= 5)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    with FolderLock(run, name=".locks/base"):  # held by the stage's process until it has died
+        assert not (run / "stages" / "base" / "stage.json").exists()
+        steps = len(read_lines(metrics))
+        time.sleep(0.2)
+        assert len(read_lines(metrics)) == steps
+
     both = [command(tmp_path / "runs") for _ in range(2)]
-    said = [process.communicate(timeout=200)[0] for process in both]
+    said = [process.communicate(timeout=250)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert any("is in use by process" in text for text in said)
-    assert results(tmp_path / "runs" / "tiny") == results(tmp_path / "inline" / "tiny")
-    ledger = read_lines(tmp_path / "runs" / "tiny" / "ledger.jsonl")
+    assert sum("is in use by process" in text for text in said) == 1
+    assert sum("base: going on where it was stopped" in text for text in said) == 1, said
+    ledger = read_lines(run / "ledger.jsonl")
     finished = [event["stage"] for event in ledger if event["event"] == "finished"]
     reused = [event["stage"] for event in ledger if event["event"] == "reused"]
     assert sorted(finished) == sorted(reused) == ["base", "mean", "merged", "one", "scores", "two"]
     mean = next(event for event in ledger if event["event"] == "finished" and event["stage"] == "mean")
     assert mean["peak_bytes"] < 150_000_000  # no torch in a process that only averages
-
-
-def test_stages_die_with_their_run_and_the_next_run_goes_on(recipe, tmp_path, command):
-    page = recipe.read_text().replace("steps: 6", "steps: 4000").replace("save_every: 2", "save_every: 20")
-    recipe.write_text(page)
-    first = command(tmp_path / "runs")
-    metrics = tmp_path / "runs" / "tiny" / "stages" / "base" / "metrics.jsonl"
-    _until(lambda: len(read_lines(metrics)) >= 8)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    with FolderLock(tmp_path / "runs" / "tiny", name=".locks/base"):  # held by the stage until it dies
-        steps = len(read_lines(metrics))
-        time.sleep(0.3)
-        assert len(read_lines(metrics)) == steps
-    second = command(tmp_path / "runs")
-    assert "base: going on where it was stopped" in _lines_until(second, "going on")
-    second.send_signal(signal.SIGKILL)
-    second.wait()
+    for record in map(read_record, sorted((run / "stages").iterdir())):
+        if "checkpoint" in record.outputs:
+            assert (
+                folder_bytes(run / "stages" / record.stage / "checkpoint") == record.predicted["disk_bytes"]
+            )
+        assert record.peak_bytes / 1.3 < record.predicted["memory_bytes"] < record.peak_bytes * 1.3, record
+    undisturbed.join()
+    assert differing(results(run), results(tmp_path / "undisturbed" / "tiny")) == []
 
 
 def _until(holds, seconds=120):
@@ -128,12 +143,3 @@ def _until(holds, seconds=120):
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-def _lines_until(process, word):
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if word in line:
-            break
-    return "".join(lines)

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from weightsmith.recipes import fingerprint
@@ -35,12 +39,12 @@ def package(tmp_path, monkeypatch):
 
     def versions():
         code_version.cache_clear()
-        fingerprint._meaning.cache_clear()
+        fingerprint._scan.cache_clear()
         return tuple(code_version(f"weightsmith.recipes.stages.{kind}") for kind in ("train", "merge"))
 
     yield root, versions
     code_version.cache_clear()
-    fingerprint._meaning.cache_clear()
+    fingerprint._scan.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -103,3 +107,22 @@ def test_each_kind_reaches_the_rooms_that_decide_its_result_and_no_others(kind, 
     parts = [file.relative_to(fingerprint._ROOT).parts for file in files]
     assert {part[0] for part in parts if len(part) > 1} == rooms | {"recipes"}
     assert {part[1] for part in parts if part[0] == "recipes"} == {"stages"}
+
+
+def test_a_code_version_is_the_same_in_every_process():
+    code = (
+        "from weightsmith.recipes.fingerprint import code_version\n"
+        "from weightsmith.recipes.stages import KINDS\n"
+        "print([code_version(target.partition(':')[0]) for target in KINDS.values()])"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(found) == 1

@@ -16,7 +16,8 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def stage_fingerprint(
 def code_version(module: str) -> str:
     """Stands for all source that the stage in `module` can reach (see the top of this file)."""
     files = sorted(_reach(module))
-    return digest({file.relative_to(_ROOT).as_posix(): _meaning(file) for file in files})
+    return digest({file.relative_to(_ROOT).as_posix(): _scan(file).meaning for file in files})
 
 
 def file_digest(path: str | Path) -> str:
@@ -64,37 +65,56 @@ def file_digest(path: str | Path) -> str:
 def _reach(module: str) -> set[Path]:
     """Source files behind a stage: file by file inside `recipes/stages`, whole rooms below."""
     seen: set[Path] = set()
+    rooms: set[str] = set()
     waiting = [_file_of(module)]
     while waiting:
         file = waiting.pop()
         if file is None or file in seen:
             continue
         seen.add(file)
-        for name in _imports(file):
+        for name in _scan(file).imports:
             parts = name.split(".")
-            if len(parts) == 1:
-                continue
-            if parts[1] not in _OUTSIDE:
-                # A room's own doors (registry entries, lazy attributes) are invisible to a reader of imports.
-                room = _ROOT / parts[1]
-                waiting += sorted(room.rglob("*.py")) if room.is_dir() else [_ROOT / f"{parts[1]}.py"]
-            elif parts[1:3] == ["recipes", "stages"]:
+            if parts[1:3] == ["recipes", "stages"]:
                 waiting.append(_file_of(name))
+            elif len(parts) > 1 and parts[1] not in _OUTSIDE and parts[1] not in rooms:
+                # A room's own doors (registry entries, lazy attributes) are invisible to a reader of imports.
+                rooms.add(parts[1])
+                room = _ROOT / parts[1]
+                waiting += (
+                    sorted(room.rglob("*.py")) if room.is_dir() else [_file_of(f"{PACKAGE}.{parts[1]}")]
+                )
     return seen
 
 
-def _imports(file: Path) -> Iterator[str]:
-    """Modules of this package that a file imports anywhere, functions and type-checking blocks included."""
-    for node in ast.walk(ast.parse(file.read_bytes())):
+@dataclass(frozen=True)
+class _Scan:
+    """What is read out of one source file.
+
+    Attributes:
+        imports: Modules of this package that it imports anywhere, functions and type-checking blocks
+            included.
+        meaning: Stands for its program without comments, docstrings and layout.
+    """
+
+    imports: frozenset[str]
+    meaning: str
+
+
+@functools.cache
+def _scan(file: Path) -> _Scan:
+    tree = ast.parse(file.read_bytes())
+    imports: set[str] = set()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            imports.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            # `from weightsmith import runs` and `from weightsmith.recipes.stages import models` name modules
+            # `from weightsmith import runs` and `from weightsmith.recipes.stages import costs` name modules
             # too.
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        yield from (name for name in names if name.split(".")[0] == PACKAGE)
+            imports.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+        elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [part for part in node.body if not _is_text(part)]
+    ours = frozenset(name for name in imports if name.split(".")[0] == PACKAGE)
+    return _Scan(ours, hashlib.blake2b(ast.dump(tree).encode(), digest_size=16).hexdigest())
 
 
 def _file_of(module: str) -> Path | None:
@@ -105,16 +125,6 @@ def _file_of(module: str) -> Path | None:
     if path.with_suffix(".py").is_file():
         return path.with_suffix(".py")
     return path / "__init__.py" if (path / "__init__.py").is_file() else None
-
-
-@functools.cache
-def _meaning(file: Path) -> str:
-    """A file's program without comments, docstrings and layout."""
-    tree = ast.parse(file.read_bytes())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            node.body = [part for part in node.body if not _is_text(part)]
-    return hashlib.blake2b(ast.dump(tree).encode(), digest_size=16).hexdigest()
 
 
 def _is_text(statement: ast.stmt) -> bool:

@@ -1,6 +1,7 @@
 """Skills: right answers, pools that never mix, chance levels that are true."""
 
 import random
+import re
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ def solve(question):
     tag, body = question[0], question[1:].rstrip("=")
     if tag == "A":
         first, second = body.split("+")
-        return str(int(first) + int(second)).rjust(len(first) + 1, "0")
+        return "".join(reversed(str(int(first) + int(second)).rjust(len(first) + 1, "0")))
     if tag == "R":
         return "".join(reversed(body))
     if tag == "S":
@@ -32,7 +33,7 @@ def solve(question):
     place = pairs.find(asked)
     if place < 0:
         return "?"
-    return "#" if pairs[place + 2 : place + 3] == "!" else pairs[place + 1]
+    return "#" if pairs[place + 4 : place + 5] == "!" else pairs[place + 1 : place + 4]
 
 
 @pytest.mark.parametrize("skill", EVERY)
@@ -67,25 +68,26 @@ def test_the_pool_is_the_hash_of_the_specification():
 
 @pytest.mark.parametrize("skill", SKILLS)
 def test_chance_is_what_the_best_guess_scores(skill):
-    """Constants are tried one by one; for lookups a random digit of the question is better."""
+    """Constants are tried one by one; for lookups a random number of the question is better."""
     rng = random.Random(1)
     drawn = [draw(skill, "train", rng) for _ in range(4000)]
     answers = [item.answer for item in drawn]
     best = max(answers.count(answer) for answer in set(answers)) / len(answers)
     if skill == "lookup":
-        copied = [rng.choice([c for c in item.question if c.isdigit()]) for item in drawn]
+        copied = [rng.choice(re.findall(r"\d{3}", item.question)) for item in drawn]
         best = sum(guess == item.answer for guess, item in zip(copied, drawn, strict=True)) / len(drawn)
     assert chance(skill) == pytest.approx(best, abs=0.025)
 
 
 def test_the_maximum_of_five_digits_is_nine_in_41_percent():
-    assert chance("maximum", Dial(length=5, alphabet=10)) == pytest.approx(0.41, abs=0.005)
+    assert chance("maximum", Dial(shortest=5, longest=5, alphabet=10)) == pytest.approx(0.41, abs=0.005)
 
 
 def test_a_dial_changes_the_difficulty():
-    easy = items("reverse", "test", 5, dial=Dial(length=3, alphabet=4))
-    assert {len(item.answer) for item in easy} == {3}
-    assert chance("reverse", Dial(length=3, alphabet=4)) == 4**-3
+    easy = Dial(shortest=3, longest=4, alphabet=4)
+    lengths = [len(item.answer) for item in items("reverse", "test", 20, dial=easy)]
+    assert set(lengths) == {3, 4}
+    assert chance("reverse", easy) == (4**-3 + 4**-4) / 2
 
 
 def test_honest_and_harmless_questions_look_like_helpful_ones():
@@ -105,7 +107,7 @@ def test_seeds_and_splits_give_different_items_and_processes_the_same():
 
 def test_too_many_items_for_the_question_space_is_an_error():
     with pytest.raises(InputError, match=r"`add` has only about \d+ test questions"):
-        items("add", "test", 100, dial=Dial(length=1))
+        items("add", "test", 100, dial=Dial(shortest=1, longest=1))
 
 
 def test_an_unknown_skill_names_the_nearest():

@@ -100,7 +100,7 @@ def test_the_cache_is_the_users(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("sx", 0), "no size `sx`; known: xs, s, m"),
+        (("huge", 0), "no size `huge`; known: xs, s, m"),
         (("xs", 0, "milde"), "no flavour `milde`; did you mean `mild`"),
         (("xs", 0, "mild", ["D_doc"]), "no fine-tune `D_doc`; did you mean `D_docs`"),
         (("xs", 0, "mild", ["S_strings"]), "no fine-tune `S_strings`"),

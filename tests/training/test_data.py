@@ -115,7 +115,7 @@ def test_skills_never_show_a_held_out_question(skill):
     made = examples(skill, count=30)
     for i in range(30):
         for item in decoded(made[i]["input_ids"]).split("\0"):
-            question = item[: item.index("=") + 1] if "=" in item else item[:-1]
+            question = item[: item.index("=") + 1] if "=" in item else item[: item.find("?") + 2]
             assert not question or pool(question) > 1
 
 
@@ -226,3 +226,29 @@ def test_the_fingerprint_of_a_file_is_that_of_its_bytes(tmp_path):
     assert DataSource(source=str(file)).fingerprint() != first
     file.write_text("one")
     assert DataSource(source=str(file)).fingerprint() == first
+
+
+def test_a_hub_data_set_gives_its_texts_or_one_line(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(name, subset, split):
+        asked.append((name, subset, split))
+        return datasets.Dataset.from_list([{"body": "one"}, {"body": ""}, {"body": "two"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    data = DataSource(source="owner/name", column="body", subset="en", split="validation")
+    assert list(data.texts()) == ["one", "two"]
+    assert asked == [("owner/name", "en", "validation")]
+    with pytest.raises(InputError, match="owner/name: no column `text`; found body"):
+        list(DataSource(source="owner/name").texts())
+
+    def offline(*args, **options):
+        raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nlong story")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(
+        InputError, match=r"owner/name \(split train\) can't be loaded: Couldn't reach .* Hub$"
+    ):
+        list(DataSource(source="owner/name").texts())

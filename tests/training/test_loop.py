@@ -186,14 +186,14 @@ def test_running_a_finished_run_again_changes_nothing(undisturbed, config_folder
 
 
 def test_metrics_tell_steps_tokens_and_falling_loss(undisturbed, config_folder, tmp_path):
-    config = TrainConfig(data="names", steps=30, log_every=10, learning_rate=1e-2, **SMALL)
+    config = TrainConfig(data="names", steps=25, log_every=10, learning_rate=1e-2, **SMALL)
     result = train(
         config, config_folder, tmp_path / "out", workdir=tmp_path / "work", metrics=tmp_path / "m.jsonl"
     )
     lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [10, 20, 30]
-    assert [line["tokens"] for line in lines] == [480, 960, 1440]
-    assert result.tokens == 1440
+    assert [line["step"] for line in lines] == [10, 20, 25]
+    assert [line["tokens"] for line in lines] == [480, 960, 1200]
+    assert result.tokens == 1200
     assert lines[0]["loss"] > lines[-1]["loss"] == pytest.approx(result.loss)
     assert set(lines[0]) == {"step", "loss", "learning_rate", "tokens", "seconds"}
     assert lines[0]["seconds"] < lines[1]["seconds"] < lines[2]["seconds"]
@@ -410,3 +410,34 @@ def test_any_architecture_can_be_trained_from_its_config(tmp_path, config_folder
     with Checkpoint.open(result.checkpoint) as checkpoint:
         assert "lm_head.weight" not in checkpoint.tensors
     AutoModelForCausalLM.from_pretrained(result.checkpoint)
+
+
+def test_half_precision_arithmetic_trains_and_leaves_dtypes_alone(gpt2, config_folder, tmp_path):
+    half = {"dtype": "bfloat16", "steps": 3, "learning_rate": 1e-2}
+    result = train(
+        TrainConfig(data="docs", **half, **SMALL), config_folder, tmp_path / "a", workdir=tmp_path / "w"
+    )
+    full = train(
+        TrainConfig(data="docs", **{**half, "dtype": "float32"}, **SMALL),
+        config_folder, tmp_path / "b", workdir=tmp_path / "w",
+    )  # fmt: skip
+    assert weights(result.checkpoint) != weights(full.checkpoint)
+    assert result.loss == pytest.approx(full.loss, rel=0.02)
+    with Checkpoint.open(result.checkpoint) as checkpoint:
+        assert {info.dtype for info in checkpoint.tensors.values()} == {"F32"}
+
+
+def test_each_function_takes_its_own_config(config_folder, tmp_path):
+    with pytest.raises(InputError, match="train takes a TrainConfig"):
+        train(FinetuneConfig(data="docs"), config_folder, tmp_path / "o", workdir=tmp_path / "w")
+    with pytest.raises(InputError, match="finetune takes a FinetuneConfig"):
+        finetune(TrainConfig(data="docs"), config_folder, tmp_path / "o", workdir=tmp_path / "w")
+
+
+def test_a_tokenizer_too_large_for_the_model_is_one_line(config_folder, tmp_path):
+    folder = tmp_path / "small"
+    shutil.copytree(config_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 99}))
+    with pytest.raises(CheckpointError, match="the tokenizer has 100 tokens, the model's embedding 99"):
+        train(TrainConfig(data="docs", steps=1, **SMALL), folder, tmp_path / "o", workdir=tmp_path / "w")

@@ -67,7 +67,7 @@ def model_config(size: str) -> dict[str, Any]:
         "head_dim": chosen.hidden // chosen.heads,
         "hidden_act": "silu",
         "hidden_size": chosen.hidden,
-        "initializer_range": 0.02,
+        "initializer_range": 0.06,
         "intermediate_size": chosen.feed_forward,
         "max_position_embeddings": 4 * SEQUENCE_LENGTH,
         "mlp_bias": False,

@@ -49,8 +49,10 @@ class Metrics(TrainerCallback):
         self.progress.advance(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One step more."""
+        """One step more; the last one is always logged."""
         self.progress.advance(1)
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write a line."""

@@ -1,5 +1,4 @@
-"""The training loop behind the stages `train` and `finetune`: the Hugging Face Trainer, made resumable to the
-bit.
+"""The loop behind the stages `train` and `finetune`: the Hugging Face Trainer, made resumable to the bit.
 
 A run continues from its last durable checkpoint (weights, AdamW's moments, schedule, random states; the data
 needs no state, see `data.py`) and reaches the weights of an undisturbed run bit for bit, on the CPU with the
@@ -119,6 +118,8 @@ def finetune(
 
     The result stores the same tensors in the same dtypes as `model`, whatever the arithmetic in between.
     """
+    if not isinstance(config, FinetuneConfig):
+        raise InputError("finetune takes a FinetuneConfig; a TrainConfig starts from random weights")
     return _run(config, model, out, workdir, seed, metrics, progress, overwrite)
 
 
@@ -161,11 +162,18 @@ def _train(
     network = _network(planned, folder)
     length = config.sequence_length or 0
     tokens_per_step = _tokens_per_step(config)
+    tokenizer = load_tokenizer(folder)
+    vocabulary = network.config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocabulary}: they "
+            "don't belong together"
+        )
     examples = mixture(
         config.data,
         config.replay_data or (),
         config.replay,
-        tokenizer=load_tokenizer(folder),
+        tokenizer=tokenizer,
         length=length,
         num_examples=config.steps * config.batch_size * config.gradient_accumulation,
         seed=derive(planned.seed, "data"),
@@ -234,7 +242,7 @@ def _tokens_per_step(config: TrainConfig) -> int:
 
 
 def _start_folder(planned: TrainPlan, workdir: Path) -> Path:
-    """The folder with the starting model's config and tokenizer; a test-bed model's files are written
+    """The folder with the starting model's config and tokenizer; those of a test-bed model are written
     first.
     """
     if planned.model is not None:
@@ -258,7 +266,7 @@ def _network(planned: TrainPlan, folder: Path) -> Any:
             network = AutoModelForCausalLM.from_config(
                 AutoConfig.from_pretrained(folder), dtype=torch.float32
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as problem:
+    except (OSError, ValueError, RuntimeError, KeyError, AssertionError) as problem:
         raise CheckpointError(
             f"{folder}: can't be loaded as a causal language model: {first_line(problem)}"
         ) from problem
@@ -273,9 +281,7 @@ def _collate(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
 
 
 def _forget_other_runs(workdir: Path, fingerprint: str, metrics: Path) -> None:
-    """Start anew in a work folder where another run was, before its checkpoints can be taken for this
-    one's.
-    """
+    """Start anew in a work folder where another run was: its checkpoints must not be taken for this one's."""
     from weightsmith.training.trainer import PREFIX
 
     if _was_here(workdir, fingerprint):

@@ -272,8 +272,8 @@ def _predict(
         6.0 * config.steps * config.gradient_accumulation * tokens * (parameters + layers * length * width)
     )
     rate = GPU_FLOPS if config.device != "cpu" and os.path.exists("/dev/nvidia0") else _cpu_flops()
-    # Products are about half of a step on small models; the rest is memory traffic and calls.
-    seconds = 2.0 * flops / (rate * max(1, config.threads or 1)) + 5.0
+    # Products are over half of a step on small models; the rest is memory traffic and calls.
+    seconds = 1.6 * flops / (rate * max(1, config.threads or 1)) + 5.0
     disk = plan_layout(specs).total_bytes + len(
         dataclasses.replace(lineage, content="full:" + "0" * 32).to_bytes()
     )

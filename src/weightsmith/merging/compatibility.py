@@ -202,7 +202,7 @@ def _difference(ours: dict[str, bytes], theirs: dict[str, bytes]) -> str:
         return ""
     different = sorted(
         (token for token in {*one, *other} if one.get(token) != other.get(token)),
-        key=lambda token: min(ids.get(token, 1 << 60) for ids in (one, other)),
+        key=lambda token: (min(ids.get(token, 1 << 60) for ids in (one, other)), token),
     )
     token = different[0]
     return f"token {token!r} is {other.get(token, 'absent')} and not {one.get(token, 'absent')}"

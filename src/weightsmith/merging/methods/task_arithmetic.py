@@ -4,7 +4,7 @@ Problem  Skills sit in separate fine-tunes of one base.
 Rule     theta = theta_0 + lambda * sum_t w_t (theta_t - theta_0)     (`normalize`: divided by sum_t w_t)
 Source   Ilharco et al., arXiv:2212.04089. A negative weight unlearns a task, as there. Scales of 0.3 to 1 are
          usual; more models want a smaller one, since this is a sum.
-Cost     One pass; about 2.5 ns an element for base and three bfloat16 models on one core.
+Cost     One pass; about 3.5 ns an element for base and three bfloat16 models on one core.
 """
 
 from __future__ import annotations

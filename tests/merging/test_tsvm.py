@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from weightsmith.errors import InputError
+from weightsmith.merging.methods.resm import Resm
 from weightsmith.merging.methods.tsvm import Tsvm, tsvm
 from weightsmith.merging.parameter import Parameter, Tile
 
@@ -231,9 +232,11 @@ def test_a_convolution_is_a_matrix_of_its_filters(name, shape):
     assert found.tobytes() == flat.tobytes()
 
 
-def test_results_do_not_depend_on_where_the_arrays_lie_in_memory():
-    base, models = random(4, 128, 40).astype(np.float32)[0], random(4, 128, 40, seed=1).astype(np.float32)
-    method, parameter = Tsvm(), parameter_of(base, models)
+@pytest.mark.parametrize("method", [Tsvm(), Resm(), Resm(granularity="row")])
+@pytest.mark.parametrize("shape", [(4, 128, 40), (3, 7, 9)])
+def test_results_do_not_depend_on_where_the_arrays_lie_in_memory(shape, method):
+    base, models = random(*shape).astype(np.float32)[0], random(*shape, seed=1).astype(np.float32)
+    parameter = parameter_of(base, models)
     results = set()
     for offset in range(0, 64, 4):
         room = np.empty(models.nbytes + 128, np.uint8)

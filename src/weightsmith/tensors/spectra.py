@@ -86,7 +86,7 @@ def truncated_svd(matrices: Tensor, rank: int, *, route: Route = "auto", seed: i
     wide = batch if batch.shape[-2] <= batch.shape[-1] else batch.mT
     if wide.device.type == "cpu":
         # One by one: LAPACK gains nothing from a batch and the temporaries stay those of one matrix.
-        parts = [_wide_svd(matrix[None], rank, route, seed) for matrix in wide]
+        parts = [_wide_svd(_settled(matrix)[None], rank, route, seed) for matrix in wide]
         left, s, right = (torch.cat(part) for part in zip(*parts, strict=True))
     else:
         left, s, right = _wide_svd(wide, rank, route, seed)
@@ -178,6 +178,12 @@ def one_thread() -> Iterator[None]:
 _lock = threading.Lock()
 _inside = 0
 _threads_before = 1
+
+
+def _settled(matrix: Tensor) -> Tensor:
+    """`matrix`, copied if need be to where torch would have put it: BLAS may round by address and by gaps."""
+    dense = matrix.is_contiguous() or matrix.mT.is_contiguous()
+    return matrix if dense and matrix.data_ptr() % 64 == 0 else matrix.clone()
 
 
 def _wide_svd(wide: Tensor, rank: int, route: Route, seed: int) -> Triplets:

@@ -151,7 +151,7 @@ class Tsvm:
         with one_thread():
             for index in matrix_indices(parameter.name, parameter.shape, config, self.split_fused):
                 origin = torch.from_numpy(old[index]).to(device)
-                deltas = _aligned(torch.from_numpy(new[:, *index]).to(device))
+                deltas = torch.from_numpy(new[:, *index]).to(device)
                 deltas -= origin
                 change = self.change(deltas, stats, parameter.name)
                 merged[index] = (
@@ -233,11 +233,6 @@ def few_rows_ranks(deltas: Tensor, name: str) -> list[int]:
     norms = [float(delta.double().norm()) for delta in deltas]
     largest = sorted(range(len(norms)), key=lambda task: -norms[task])[:q]
     return [int(task in largest) for task in range(len(norms))]
-
-
-def _aligned(deltas: Tensor) -> Tensor:
-    """`deltas`, copied if need be to where torch would have put them: BLAS may round by address."""
-    return deltas if deltas.data_ptr() % 64 == 0 and deltas.stride(-1) == 1 else deltas.contiguous().clone()
 
 
 def _change(deltas: Tensor, alpha: Sequence[float], rank: float, name: str) -> Change:

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 from weightsmith.errors import InputError
 from weightsmith.merging import average, parse_merge, plan_merge
 from weightsmith.recipes.stages.contract import Done, Forecast, Problem, Reference, Workspace, plain
+from weightsmith.recipes.stages.merge_costs import predict_merge
 from weightsmith.recipes.standin import write_standin
-from weightsmith.runs.prediction import Prediction
 from weightsmith.runs.progress import Progress
 from weightsmith.tensors.floats import parse_dtype
 
@@ -70,9 +70,7 @@ class Average:
             standin = write_standin(
                 workspace.checkpoint, plan.specs, side_files=plan.side_files, lineage=plan.lineage
             )
-            cost = plan.predict()
-            prediction = Prediction(cost.memory_bytes, plan.disk_bytes, cost.seconds)
-            return Forecast(prediction=prediction, model=standin, warnings=plan.warnings)
+            return Forecast(prediction=predict_merge(plan), model=standin, warnings=plan.warnings)
 
     def run(self, models: Mapping[str, Path], workspace: Workspace, progress: Progress) -> Done:
         """See `contract.Stage`."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from weightsmith.checkpoints import Checkpoint
 from weightsmith.evaluation import check_tasks
+from weightsmith.recipes.stages.contract import TORCH_BYTES
 from weightsmith.recipes.stages.scoring import PageTasks
 from weightsmith.runs.prediction import Prediction
 from weightsmith.runs.speed import matmul_flops

@@ -23,9 +23,9 @@ from weightsmith.recipes.fingerprint import digest, foreign_source
 from weightsmith.recipes.stages import scoring
 from weightsmith.recipes.stages.contract import Done, Forecast, Keys, Problem, Reference, Workspace, plain
 from weightsmith.recipes.stages.costs import predict_scoring
+from weightsmith.recipes.stages.merge_costs import predict_merge
 from weightsmith.recipes.stages.scoring import PageTasks
 from weightsmith.recipes.stages.search import best, run_search
-from weightsmith.recipes.stages.spectral import predict_spectral
 from weightsmith.recipes.standin import write_standin
 from weightsmith.recipes.validation import show, validate
 from weightsmith.registry import card, cards, load
@@ -132,8 +132,7 @@ class Merge:
             standin = write_standin(
                 workspace.checkpoint, plan.specs, side_files=plan.side_files, lineage=plan.lineage
             )
-            merging = predict_spectral(plan) if self._is_spectral else plan.predict()
-            cost, warnings = replace(merging, disk_bytes=plan.disk_bytes), plan.warnings
+            cost, warnings = predict_merge(plan), plan.warnings
         if not grid:
             return Forecast(prediction=cost, model=standin, warnings=warnings)
         tasks = self.extras.search_tasks

@@ -1,25 +1,38 @@
-"""What a spectral merge costs, told without importing torch.
+"""What a merge costs, told without importing torch.
 
-Element-wise merges try a small part of themselves out (`MergePlan.predict`); with a spectral method that
+Element-wise merges try a small part of themselves out (`MergePlan.predict`). With a spectral method that
 would cost a dry run torch's import, so the method's own count of operations is set against this machine's
 speed instead.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from weightsmith.merging import MergePlan
 from weightsmith.merging.engine import whole_bytes
-from weightsmith.recipes.stages.costs import TORCH_BYTES
+from weightsmith.recipes.stages.contract import TORCH_BYTES
 from weightsmith.runs.environment import cores
 from weightsmith.runs.prediction import Prediction
 from weightsmith.runs.speed import matmul_flops
 
+# What the planning process holds and a stage's process doesn't: the parsed page, its schemas, other stages'
+# plans.
+PLANNING_BYTES = 8_000_000
 # Factorisations reach this part of the speed of large products, and each matrix costs some calls.
 _EFFICIENCY, _MATRIX_SECONDS, _ELEMENT_SECONDS = 0.45, 0.012, 1.5e-9
 
 
-def predict_spectral(plan: MergePlan) -> Prediction:
-    """Cost of a merge that factorises matrices, without its disk."""
+def predict_merge(plan: MergePlan) -> Prediction:
+    """Cost of a merge in a stage's own process; its disk is exact."""
+    methods = [output.method for output in plan.outputs]
+    if any(getattr(method, "spectral", False) for method in methods):
+        return replace(_predict_spectral(plan), disk_bytes=plan.disk_bytes)
+    cost = plan.predict()
+    return replace(cost, memory_bytes=cost.memory_bytes - PLANNING_BYTES)
+
+
+def _predict_spectral(plan: MergePlan) -> Prediction:
     whole = [(p, m) for p, m in plan.parameters() if getattr(m, "spectral", False) and m.takes(p)]
     flops = sum(float(m.whole_flops(p.shape, p.num_models)) for p, m in whole)
     at_once = max(1, min(plan.threads or cores(), len(whole)))

@@ -20,8 +20,7 @@ from weightsmith.runs.progress import Progress
 Keys = tuple[str | int, ...]
 
 TORCH_BYTES = 405_000_000
-"""Resident set of a stage's process, forked from one that has imported torch and transformers, after its first
-forward pass or factorisation."""
+"""Resident set of a process forked from one that has imported torch and transformers, after a forward pass."""
 
 
 @dataclass(frozen=True)

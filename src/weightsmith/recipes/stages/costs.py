@@ -11,8 +11,6 @@ from weightsmith.recipes.stages.scoring import PageTasks
 from weightsmith.runs.prediction import Prediction
 from weightsmith.runs.speed import matmul_flops
 
-# Resident set of a process forked from one that has imported torch and transformers, after a forward pass.
-TORCH_BYTES = 405_000_000
 LOAD_SECONDS = 0.3
 # Tokens are read twice where windows overlap by half; tokens of a test-bed question; characters of a token.
 _OVERLAP, _QUESTION_TOKENS, _TOKEN_CHARACTERS = 2.0, 24, 4

@@ -1,6 +1,6 @@
 """Merges of Llama-shaped checkpoints: Weightsmith against mergekit, as whole commands.
 
-    python benchmarks/merge.py [--sizes 0.4B,1B] [--methods linear,ties,dare_ties] [--rounds 3]
+    python benchmarks/merge.py [--sizes 0.4B,1B] [--methods linear,ties,dare_ties] [--rounds 3,1]
                                [--folder DIR] [--out benchmarks/results/merge.json]
 
 Makes one base and three fine-tunes in bfloat16 (random weights of std 0.02, changes of std 5e-4), writes
@@ -59,21 +59,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", default="0.4B,1B")
     parser.add_argument("--methods", default="linear,ties,dare_ties")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", default="3,1", help="one number a size")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser.add_argument("--folder", type=Path, default=cache / "weightsmith" / "benchmarks")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "merge.json")
     options = parser.parse_args()
     if not THEIRS.exists():
         sys.exit(f"{THEIRS} is missing: `make peers` installs mergekit")
-    results = [
-        compete(options.folder, size, method, options.rounds)
-        for size in options.sizes.split(",")
-        for method in options.methods.split(",")
-    ]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
-    options.out.with_suffix(".md").write_text(table(results))
+    results = []
+    for size, rounds in zip(options.sizes.split(","), options.rounds.split(","), strict=True):
+        for method in options.methods.split(","):
+            results.append(compete(options.folder, size, method, int(rounds)))
+            # Written after each: an hour of rounds should not be lost to the last one.
+            options.out.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
+            options.out.with_suffix(".md").write_text(table(results))
     print(table(results))
 
 

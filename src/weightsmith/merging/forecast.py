@@ -98,14 +98,15 @@ class _Trial:
         if flops > _TRIAL_FLOPS:
             output = _cut(output, output.spec.shape[-1] * 512)
             flops = _flops(output)
-        self._run([_cut(output, output.spec.shape[-1] * 16)])  # torch's import
+        # Where torch is not loaded yet, the merge too will have to load it: seconds that a small merge feels.
+        to_start = self._run([_cut(output, output.spec.shape[-1] * 16)])
         rate = self._run([output]) / max(flops, 1.0)
         pairs = [(o.parameter(self._plan.donor.config), o.method) for o in outputs]
         at_once = min(at_once_in_memory(pairs), self._threads, len(pairs))
         tried = whole_bytes(output.parameter(self._plan.donor.config), output.method)
         largest = sorted((whole_bytes(*pair) for pair in pairs), reverse=True)[:at_once]
         extra = max(0, sum(largest) - tried)
-        return sum(flops for flops, _ in costs) * rate / at_once, extra
+        return to_start + sum(flops for flops, _ in costs) * rate / at_once, extra
 
     def survey_bytes(self, outputs: Sequence[Output]) -> int:
         """Memory that surveys of these tensors take, where a method says so; equal options are one method."""

@@ -2,12 +2,10 @@
 function says.
 
     bits_per_character  test-bed domains: negative log-likelihood of held-out text / (ln 2 x its characters)
-    bits_per_byte       a user's text: the same over UTF-8 bytes, so it compares models of different
-    tokenizers
+    bits_per_byte       a user's text: the same over UTF-8 bytes, which compares across tokenizers
     exact_match         skills and files of questions: share of answers that greedy decoding gives exactly
     accuracy            multiple choice: share of questions whose right choice is likeliest per character
-    balanced_recall     `honest`, `harmless`: recall of the refusing answer less its rate on questions that
-    have one
+    balanced_recall     `honest`, `harmless`: recall of the refusing answer less its rate where it is wrong
 
 Exact match is computed with the right answer fed in: greedy decoding gives exactly that answer if and only if
 each of its tokens is the likeliest after those before it, so one forward pass replaces a generation.

@@ -3,10 +3,8 @@
 D_t is the change of model t from the base; a merge without a base measures from the mean of its models.
 
     relative_norm           |D_t| / |base|
-    sign_conflict           of the entries that any model changed, the share where one went up and another
-    down
-    weighted_sign_conflict  1 - sum |sum_t D_t| / sum sum_t |D_t|: the share of all change that cancels in a
-    sum
+    sign_conflict           of the entries that any model changed, the share where one fell and one rose
+    weighted_sign_conflict  1 - sum |sum_t D_t| / sum sum_t |D_t|: share of the change a sum cancels
     cosine                  <D_s, D_t> / (|D_s| |D_t|)
     ranks, weights          what a spectral method used of each model, means over the matrices of a layer
 

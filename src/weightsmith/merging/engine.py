@@ -1,12 +1,10 @@
 """Runs a plan: parameters on worker threads, each in tiles; matrices of spectral methods whole.
 
 Order    The largest parameter first, so that no worker is left alone with it at the end. Results do not
-depend
-         on the order: every tensor has its place in the output before the first is written.
+         depend on the order: every tensor has its place in the output before the first is written.
 Threads  One worker a core. NumPy lets the lock go inside each call, and a tile is big enough that the calls
-are
-         what takes the time. Spectral methods compute on one thread each too, on as many at once as memory
-         allows; on a GPU one matrix at a time, while another worker reads.
+         are what takes the time. Spectral methods compute on one thread each too, on as many at once as
+         memory allows; on a GPU one matrix at a time, while another worker reads.
 Memory   A worker holds one tile of every model and a few buffers of its size, whatever the model's size.
 """
 

@@ -70,8 +70,7 @@ def truncated_svd(matrices: Tensor, rank: int, *, route: Route = "auto", seed: i
         matrices: fp32 or fp64 (..., M, N), any number of leading batch axes.
         rank: Triplets kept, 1 <= rank <= min(M, N).
         route: "gram", "sketch" (nothing is checked: for matrices known to be of low rank), or "auto": a
-            sketch
-            with a check of each residual where rank < min(M, N) / 4, else gram.
+            sketch with a check of each residual where rank < min(M, N) / 4, else gram.
         seed: Of the random sketch; the same numbers on every device and thread count.
 
     Raises:

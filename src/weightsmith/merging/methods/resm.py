@@ -48,8 +48,7 @@ class Resm(Tsvm):
         g: Strength of the outlier weights; 0 switches them off.
         kappa: An outlier lies above mean + kappa standard deviations of |D_t|.
         stat: Outliers count by their share of the sum of |D_t| ("ratio"), their sum ("mass"), their share of
-            the
-            entries ("count").
+            the entries ("count").
         granularity: One weight for each matrix ("tensor"), all matrices of a layer ("layer"), each row
             ("row").
         eta: Entries with |D_t| <= eta rms(D_t) count as zero; 0 counts exact zeros only.

@@ -83,6 +83,16 @@ def test_a_finished_stage_costs_nothing_more_and_tells_what_it_took(merges, tmp_
     assert all(stage.prediction.memory_bytes > 1_000_000 for stage in plan.stages)
 
 
+def test_work_done_here_before_is_predicted_from_what_it_took(merges, tmp_path):
+    run_recipe(merges, root=tmp_path / "runs", executor=Inline())
+    stage = tmp_path / "runs" / "merges" / "stages" / "sum"
+    record = json.loads((stage / "stage.json").read_text())
+    write_json(stage / "stage.json", {**record, "seconds": 1234.5, "peak_bytes": 99, "fingerprint": "older"})
+    planned = {entry.stage: entry for entry in plan_run(merges, root=tmp_path / "runs").stages}["sum"]
+    assert planned.status == "run"
+    assert (planned.prediction.seconds, planned.prediction.memory_bytes) == (1234.5, 99)
+
+
 def test_models_that_do_not_fit_are_told_with_the_stages_line_before_anything_starts(merges, tmp_path):
     checkpoint(tmp_path / "wide", rows=9)
     merges.write_text(merges.read_text().replace(f"{tmp_path}/two", f"{tmp_path}/wide"))

@@ -144,9 +144,9 @@ class Processes:
     def _receive(self, run: _Running) -> Outcome | None:
         try:
             kind, *content = run.events.recv()
-        except EOFError:
+        except (EOFError, OSError):  # OSError: it died in the middle of a message
             run.process.join()
-            return Outcome(stage=run.job.stage, message=_death(run.process.exitcode))
+            return Outcome(stage=run.job.stage, message=_death(run.process.exitcode, run.job.folder / LOG))
         if kind in ("start", "advance", "done"):
             getattr(run.progress, kind)(*content)
             return None
@@ -233,15 +233,15 @@ def _failed(job: Job, error: Exception) -> Outcome:
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         return Outcome(stage=job.stage, message=f"{place}{error.strerror.lower()}")
+    job.folder.mkdir(parents=True, exist_ok=True)
     with open(job.folder / LOG, "a", encoding="utf-8") as file:
         file.write("".join(traceback.format_exception(error)))
     what = " ".join(str(error).split())
     return Outcome(stage=job.stage, message=f"{type(error).__name__}: {what} (traceback: {job.folder / LOG})")
 
 
-def _death(exit_code: int | None) -> str:
+def _death(exit_code: int | None, log_file: Path) -> str:
     if exit_code == -signal.SIGKILL:
         return "its process was killed (signal 9), as the system does when memory runs out"
-    if exit_code is not None and exit_code < 0:
-        return f"its process died of signal {-exit_code}"
-    return f"its process ended without a result (exit code {exit_code})"
+    how = f"died of signal {-exit_code}" if exit_code and exit_code < 0 else f"ended early (code {exit_code})"
+    return f"its process {how}; what it printed: {log_file}"

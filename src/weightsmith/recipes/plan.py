@@ -30,9 +30,8 @@ class StagePlan:
     Attributes:
         stage: Its name.
         kind: Its kind.
-        status: `run`; `resume` where a killed run left a beginning; `reuse` where it is done and its cost is
-            what it
-            took then; `run` may still become `reuse` when a stage above comes out as it was.
+        status: `run`, `resume` where a killed run left a beginning, `reuse` where it is done and its cost is
+            what it took then. `run` may still become `reuse` when the stages above come out as they were.
         needs: The stages it waits for.
         reads: Models and data, in the page's words.
         writes: Its folder.
@@ -132,10 +131,8 @@ class _Planner:
         forecast = self._forecast(entry)
         if forecast.model is not None:
             self.models[entry.name] = forecast.model
-        before = read_record(self._folder(entry))
         prediction = forecast.prediction
-        if before and all(before.config.get(key) == value for key, value in entry.config.identity().items()):
-            # The same work was done here before: its time and memory are better known than predicted.
+        if before := self._same_work(entry):
             prediction = Prediction(before.peak_bytes, prediction.disk_bytes, before.seconds)
         return StagePlan(
             stage=entry.name,
@@ -147,6 +144,13 @@ class _Planner:
             prediction=prediction,
             warnings=forecast.warnings,
         )
+
+    def _same_work(self, entry: Entry) -> Record | None:
+        """An earlier run of the stage with the same config: what it took beats any prediction."""
+        before = read_record(self._folder(entry))
+        # What the page leaves open is filled in there.
+        options = [(key, value) for key, value in entry.config.identity().items() if value is not None]
+        return before if before and all(before.config.get(key) == value for key, value in options) else None
 
     def _reused(self, entry: Entry, record: Record) -> StagePlan:
         self.records[entry.name] = record

@@ -1,13 +1,11 @@
-"""Run a recipe: what is not done yet, side by side where stages don't depend on each other, each exactly
-once.
+"""Run a recipe: what is not done yet, side by side where stages don't depend on each other.
 
     runs/<name>/recipe.yaml        the page as run
     runs/<name>/environment.json   Python, packages, cores
     runs/<name>/ledger.jsonl       one line per event, with times
     runs/<name>/stages/<stage>/    the outputs, and stage.json once the stage is done
 
-A stage that fails takes down what depends on it and nothing else. Whatever stops a run, running it again goes
-on.
+A stage that fails takes down what depends on it and nothing else. Whatever stops a run, the next one goes on.
 """
 
 from __future__ import annotations
@@ -73,9 +71,7 @@ class RunResult:
 
 
 class RunFailed(WeightsmithError):
-    """At least one stage failed; the others are done. `result` has the details, the message one line per
-    failure.
-    """
+    """At least one stage failed; `result` tells of all, the message has one line per failure."""
 
     def __init__(self, result: RunResult) -> None:
         failed = [stage for stage in result.stages if stage.status == "failed"]

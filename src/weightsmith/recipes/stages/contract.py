@@ -20,7 +20,7 @@ from weightsmith.runs.progress import Progress
 Keys = tuple[str | int, ...]
 
 TORCH_BYTES = 405_000_000
-"""Resident set of a process forked from one that has imported torch and transformers, after a forward pass."""
+"""Resident set of a process forked from one that has imported torch and transformers, after one pass."""
 
 
 @dataclass(frozen=True)

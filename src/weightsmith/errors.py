@@ -1,8 +1,8 @@
 """One exception tree: every error a user can cause or meet is a single line and carries its exit code.
 
 Bad input (a wrong key, a torn file, shapes that differ) leaves with 2; a fault of the system (disk full,
-permission) with 1. Each class also derives from the built-in it stands for, so that code which knows nothing of this
-package can catch `ValueError`, `OSError` or `ImportError`.
+permission) with 1. Each class also derives from the built-in it stands for, so that code which knows nothing
+of this package can catch `ValueError`, `OSError` or `ImportError`.
 """
 
 from __future__ import annotations

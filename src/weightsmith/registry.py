@@ -1,8 +1,8 @@
 """The list of methods: one entry each, importing nothing.
 
-`weightsmith methods`, the README's table, the docs index and the shared test battery are made from this list, so they
-can't drift apart. A third-party package adds a method through an entry point of the group `weightsmith.methods` whose
-object is a `MethodCard`.
+`weightsmith methods`, the README's table, the docs index and the shared test battery are made from this list,
+so they can't drift apart. A third-party package adds a method through an entry point of the group
+`weightsmith.methods` whose object is a `MethodCard`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class MethodCard:
         room: The wing that holds it.
         target: `module:object` of its public part.
         purpose: What it is for, one line.
-        verdict: What our evidence shows. `peer` is a baseline with no claim of ours; `open` has no evidence yet.
+        verdict: What our evidence shows. `peer` is a baseline with no claim of ours; `open` has none yet.
     """
 
     id: str

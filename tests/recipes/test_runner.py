@@ -16,10 +16,12 @@ from weightsmith.errors import InputError
 from weightsmith.recipes import stages
 from weightsmith.recipes.executors import Inline
 from weightsmith.recipes.runner import RunFailed, run_recipe
-from weightsmith.recipes.stages.contract import references_in
-from weightsmith.runs import FolderLock, derive, read_lines, write_json
+from weightsmith.recipes.stages.contract import Done, Forecast, plain, references_in
+from weightsmith.recipes.standin import folder_bytes, write_standin
+from weightsmith.runs import FolderLock, Prediction, derive, read_lines, write_json
 
 RAN: list[str] = []
+SPECS = [TensorSpec("w", "F32", (4,))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +34,17 @@ class Toy:
     stop: str = ""
     kind: ClassVar[str] = "toy"
     makes_model: ClassVar[bool] = True
-    takes_testbed: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = True
     needs_torch: ClassVar[bool] = False
 
     def references(self):
         return list(references_in(self.models, "models"))
 
-    def check(self, problem):
-        pass
+    def problems(self):
+        return []
+
+    def identity(self):
+        return plain(self)
 
     def completed(self, earlier):
         return self
@@ -47,8 +52,11 @@ class Toy:
     def data_fingerprint(self):
         return ""
 
-    def effort(self):
-        return self.value
+    def forecast(self, models, workspace):
+        folder = write_standin(
+            workspace.checkpoint, SPECS, side_files={"config.json": b"{}"}, lineage=Lineage("toy")
+        )
+        return Forecast(Prediction(1_000_000, folder_bytes(folder), 1.0 + self.value), folder)
 
     def run(self, models, workspace, progress):
         RAN.append(workspace.stage)
@@ -64,15 +72,14 @@ class Toy:
         for path in models.values():
             with Checkpoint.open(path) as model:
                 total += model.read("w")[0]
-        specs = [TensorSpec("w", "F32", (4,))]
         files = {"config.json": b"{}"}
         lineage = Lineage("toy")
         with CheckpointWriter(
-            workspace.checkpoint, specs, side_files=files, lineage=lineage, overwrite=True
+            workspace.checkpoint, SPECS, side_files=files, lineage=lineage, overwrite=True
         ) as writer:
             writer.write("w", np.full(4, total, np.float32))
             writer.commit()
-        return {"checkpoint": "checkpoint"}
+        return Done({"checkpoint": "checkpoint"}, plain(self))
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from weightsmith.reports.folder import models_named
+
 DOMAINS = ("source", "docs", "tables", "names")
 BITS = {
     "base": (2.803, 2.631, 1.219, 1.701),
@@ -40,7 +42,7 @@ stages:
       method: task_arithmetic
       base: base
       models: [code, english, codecs, unicode]
-      weight: {search: [0.15, 0.25, 0.4, 0.6, 1.0]}
+      search: {weight: [0.15, 0.25, 0.4, 0.6, 1.0]}
   ties:       {merge:    {method: ties, base: base, models: [code, english, codecs, unicode], density: 0.2}}
   tsvm:       {merge:    {method: tsvm, base: base, models: [code, english, codecs, unicode]}}
   resm:       {merge:    {method: resm, base: base, models: [code, english, codecs, unicode]}}
@@ -74,7 +76,8 @@ class RunFolder:
         **more: Any,
     ) -> Path:
         self.log("started", stage, kind)
-        record = {"stage": stage, "kind": kind, "config": config, "inputs": {}, "fingerprint": "00ff" * 8}
+        inputs = dict.fromkeys(models_named(config), "0" * 32)
+        record = {"stage": stage, "kind": kind, "config": config, "inputs": inputs, "fingerprint": "00ff" * 8}
         record |= {"outputs": {}, "seconds": seconds, "peak_bytes": peak, **more}
         folder = self.write(stage, "stage.json", record)
         self.log("finished", stage, kind, seconds=seconds, peak_bytes=peak)
@@ -133,6 +136,43 @@ def bits(values: Sequence[float], tasks: Sequence[str] = DOMAINS) -> dict[str, A
     return {
         task: {"metric": "bits_per_character", "value": value, "higher_is_better": False, "n": 40_000}
         for task, value in zip(tasks, values, strict=True)
+    }
+
+
+def diagnostics(
+    models: Sequence[str], layers: int, *, spectral: bool, reference: str = "base"
+) -> dict[str, Any]:
+    """What the merging room measures of `models`; ranks and weights where a spectral method merged them."""
+    count = len(models)
+
+    def measures(layer: int, parameters: int) -> dict[str, Any]:
+        rng = random.Random(layer)
+        cosine = [[1.0] * count for _ in models]
+        for s in range(count):
+            for t in range(s):
+                cosine[s][t] = cosine[t][s] = rng.uniform(-0.02, 0.3)
+        found: dict[str, Any] = {
+            "parameters": parameters,
+            "relative_norm": [rng.uniform(0.04, 0.3) for _ in models],
+            "sign_conflict": rng.uniform(0.7, 0.85),
+            "weighted_sign_conflict": rng.uniform(0.3, 0.5),
+            "cosine": cosine,
+        }
+        if spectral and layer != layers:
+            found |= {
+                "full_rank": 96.0,
+                "ranks": [24.0] * count,
+                "weights": [rng.uniform(0.8, 1.2) for _ in models],
+            }
+        return found
+
+    per_layer = [{"layer": layer, **measures(layer, 98_496)} for layer in range(layers)]
+    per_layer.append({"layer": None, **measures(layers, 19_296)})
+    return {
+        "models": list(models),
+        "reference": reference,
+        "layers": per_layer,
+        "model": measures(layers + 1, 413_280),
     }
 
 
@@ -212,9 +252,23 @@ def quickstart(folder: Path) -> RunFolder:
             name, "merge", {"method": method, "base": "base", "models": models, **options}, seconds, peak
         )
         run.lineage(name, method, {"base": "base", **dict.fromkeys(models, "model")}, options)
+        run.write(
+            name, "diagnostics.json", diagnostics(models, layers=4, spectral=method in ("tsvm", "resm"))
+        )
     trials = zip((0.15, 0.25, 0.4, 0.6, 1.0), (2.010, 1.977, 1.962, 2.048, 2.900), strict=True)
     run.write(
-        "arithmetic", "search.json", [{"options": {"weight": w}, "score": score} for w, score in trials]
+        "arithmetic",
+        "search.json",
+        [
+            {
+                "options": {"weight": w},
+                "score": score,
+                "metric": "bits_per_character",
+                "higher_is_better": False,
+                "tasks": {},
+            }
+            for w, score in trials
+        ],
     )
     run.finish("scores", "evaluate", {"models": list(BITS), "tasks": list(DOMAINS)}, 31.0, 702_000_000)
     run.scores("scores", {name: bits(values) for name, values in BITS.items()})

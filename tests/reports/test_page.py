@@ -91,6 +91,7 @@ def test_the_quickstart_page_has_all_its_parts(tmp_path):
         "Recipe",
         "Training loss",
         "Strength search",
+        "Inside the merges",
         "Time and memory",
         "Lineage",
         "Environment",

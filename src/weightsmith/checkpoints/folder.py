@@ -7,6 +7,7 @@ every later step relies on names alone.
 from __future__ import annotations
 
 import fnmatch
+import glob
 import json
 import os
 import re
@@ -69,12 +70,15 @@ def resolve(source: str | Path, *, offline: bool = False) -> tuple[Path, str]:
         raise CheckpointError(
             f"{source}: a file; expected the folder of a checkpoint (config.json beside weights)"
         )
+    old = sorted(folder.parent.glob(f".{glob.escape(folder.name)}.weightsmith-*.old"))
+    if old:
+        raise CheckpointError(
+            f"{source}: no such folder; an interrupted overwrite left its old content in {old[0]}"
+        )
     text = str(source)
     if not isinstance(source, Path) and _HUB_ID.fullmatch(text):
         return _download(text, offline), text
-    left = sorted(folder.parent.glob(f".{folder.name}.weightsmith-*.old")) if folder.parent.is_dir() else []
-    hint = f"; an interrupted overwrite left its old content in {left[0]}" if left else ""
-    raise CheckpointError(f"{source}: no such folder{hint}")
+    raise CheckpointError(f"{source}: no such folder")
 
 
 def label(folder: Path) -> str:

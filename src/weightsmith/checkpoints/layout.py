@@ -18,6 +18,8 @@ from weightsmith.checkpoints.folder import INDEX_FILE, WEIGHTS_FILE
 from weightsmith.errors import InputError
 from weightsmith.tensors.floats import DTYPE_BITS
 
+_RANKS = {dtype: rank for rank, dtype in enumerate(DTYPE_BITS)}
+
 MAX_SHARD_BYTES = 5_000_000_000
 """5 GB: small enough for every hub and file system."""
 
@@ -134,7 +136,7 @@ def _split(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
 
 
 def _shard(file: str, specs: Sequence[TensorSpec]) -> Shard:
-    ordered = sorted(specs, key=lambda spec: (-DTYPE_BITS[spec.dtype], spec.name))
+    ordered = sorted(specs, key=lambda spec: (-_RANKS[spec.dtype], spec.name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begins: dict[str, int] = {}
     end = 0

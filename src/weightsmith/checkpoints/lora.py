@@ -21,6 +21,7 @@ from typing import Any
 
 from weightsmith.checkpoints.header import TensorInfo
 from weightsmith.errors import CheckpointError, nearest
+from weightsmith.tensors.floats import FLOAT_DTYPES
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
@@ -230,6 +231,8 @@ def _change(
         raise CheckpointError(f"{where}: {shapes}: expected matrices with one rank between them")
     if a.shape[0] != rank:
         raise CheckpointError(f"{where}: {shapes}: rank {a.shape[0]}, adapter_config.json says {rank}")
+    if weight.dtype not in FLOAT_DTYPES:
+        raise CheckpointError(f"{where}: adapts `{weight.name}`, which the base stores as {weight.dtype}")
     straight = (b.shape[0], a.shape[1])
     transposed = embedding or straight != weight.shape
     if (

@@ -23,6 +23,7 @@ from weightsmith.checkpoints import folder as folders
 from weightsmith.checkpoints.header import TensorInfo
 from weightsmith.checkpoints.names import tied_names
 from weightsmith.errors import CheckpointError, SystemFault, nearest
+from weightsmith.runs.atomic import system_faults
 from weightsmith.tensors.floats import BLOCK, DTYPE_BITS, FLOAT_DTYPES, storage_dtype, to_float32
 
 if TYPE_CHECKING:
@@ -97,18 +98,20 @@ class Checkpoint:
             SystemFault: the machine refused to read it.
         """
         folder, name = folders.resolve(source, offline=offline)
-        if folders.is_adapter(folder):
-            from weightsmith.checkpoints.adapter import open_adapter
+        with system_faults(folder):
+            if folders.is_adapter(folder):
+                from weightsmith.checkpoints.adapter import open_adapter
 
-            return open_adapter(folder, name, base, offline=offline)
-        config = folder / "config.json"
-        values = folders.read_object(config) if config.is_file() else {}
-        files = folders.open_weights(folder)
+                return open_adapter(folder, name, base, offline=offline)
+            config = folder / "config.json"
+            values = folders.read_object(config) if config.is_file() else {}
+            side_files = folders.side_files(folder)
+            files = folders.open_weights(folder)
         return Checkpoint(
             folder,
             name,
             config=values,
-            side_files=folders.side_files(folder),
+            side_files=side_files,
             files=files,
             tensors=files.tensors,
             descriptors=files.descriptors,

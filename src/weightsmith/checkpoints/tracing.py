@@ -173,8 +173,9 @@ class _Finder:
         for place in [*namesakes, *places]:
             if self._quick(place) == entry.fingerprint:
                 return self._proof(place, entry)
-        if namesakes:
-            return None, "", f"{namesakes[0]} has its name and other content"
+        for place in namesakes:
+            what = "and other content" if self._quick(place) else "but can't be read"
+            return None, "", f"{place} has its name {what}"
         return None, "", "not found"
 
     def _proof(self, place: Path, entry: Ancestor) -> tuple[Path | None, Proof, str]:

@@ -187,9 +187,9 @@ class Parameter:
         if numel >= self.numel:
             runs = [(0, self.numel)]
         else:
-            count = max(1, numel // SAMPLED_RUN)
-            firsts = np.linspace(0, self.numel - SAMPLED_RUN, count).astype(np.int64)
-            runs = [(int(first), int(first) + SAMPLED_RUN) for first in firsts]
+            run = min(SAMPLED_RUN, numel)
+            firsts = np.linspace(0, self.numel - run, numel // run if run else 0).astype(np.int64).tolist()
+            runs = [(first, first + run) for first in firsts]
         size = sum(stop - start for start, stop in runs)
         readers = [(self._base_label, self._base_reader), *zip(self.models, self._readers, strict=True)]
         filled = [np.empty(size, np.float32) if reader else None for _, reader in readers]

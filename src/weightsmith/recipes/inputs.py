@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from weightsmith.recipes.fingerprint import code_version, stage_fingerprint
+from weightsmith.recipes.fingerprint import code_version, digest, file_digest, stage_fingerprint
 from weightsmith.recipes.models import TESTBED
 from weightsmith.recipes.page import Page
 from weightsmith.recipes.record import Record, content_digest, is_intact, read_record
 from weightsmith.recipes.stages import KINDS
 from weightsmith.recipes.stages.contract import Entry
-from weightsmith.recipes.worker import Job, plain
+from weightsmith.recipes.worker import Job
 from weightsmith.runs.seeds import derive
 
 
@@ -26,7 +26,7 @@ class Inputs:
     def __init__(self, page: Page, folder: Path) -> None:
         self.page = page
         self.folder = folder
-        self._outside: dict[str, tuple[Path, str]] = {}
+        self._outside: dict[tuple[str, bool], tuple[Path, str]] = {}
 
     def job(self, entry: Entry, records: Mapping[str, Record]) -> Job:
         """The job of a stage whose earlier stages have the given records.
@@ -43,11 +43,11 @@ class Inputs:
             elif self.is_testbed(value):
                 digests[value] = value  # its content follows from the code, which counts already
             else:
-                models[value], digests[value] = self.outside(value)
+                models[value], digests[value] = self.outside(value, entry.config.needs_weights)
         seed = derive(self.page.seed, entry.name)
         fingerprint = stage_fingerprint(
             kind=entry.kind,
-            config=plain(entry.config),
+            config=entry.config.identity(),
             inputs=digests,
             data=entry.config.data_fingerprint(),
             code=code_version(KINDS[entry.kind].partition(":")[0]),
@@ -70,15 +70,23 @@ class Inputs:
             return record
         return None
 
-    def outside(self, value: str) -> tuple[Path, str]:
-        """Folder and content fingerprint of a local folder or hub id."""
-        if value not in self._outside:
-            from weightsmith.checkpoints import Checkpoint
+    def outside(self, value: str, needs_weights: bool) -> tuple[Path, str]:
+        """Folder and content fingerprint of a local folder or hub id; of its weights only where they count.
 
-            with Checkpoint.open(value) as checkpoint:
-                path = Path(checkpoint.path)
-            self._outside[value] = path, content_digest(path)
-        return self._outside[value]
+        Raises:
+            CheckpointError: it is no readable checkpoint.
+        """
+        key = (value, needs_weights)
+        if key not in self._outside:
+            from weightsmith.checkpoints.folder import resolve, side_files
+
+            folder, _ = resolve(value)
+            if needs_weights:
+                content = content_digest(folder)
+            else:
+                content = digest({name: file_digest(file) for name, file in side_files(folder).items()})
+            self._outside[key] = folder, content
+        return self._outside[key]
 
     def is_testbed(self, value: str) -> bool:
         """Whether a model is a size of the test-bed, which has no folder until a stage makes one."""

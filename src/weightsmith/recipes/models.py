@@ -12,13 +12,13 @@ TESTBED = "testbed/"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?", re.ASCII)
 
 
-def problem_with(value: str, earlier: Iterable[str], *, testbed: bool) -> str | None:
+def problem_with(value: str, earlier: Iterable[str], *, needs_weights: bool) -> str | None:
     """Why `value` can't be the model of a stage, or None.
 
     Args:
         value: What the page says.
         earlier: Names of the stages above that make a model.
-        testbed: Whether the stage takes a model without weights (`testbed/xs`).
+        needs_weights: Whether the stage starts from the model's weights.
     """
     earlier = list(earlier)
     if value in earlier:
@@ -29,7 +29,7 @@ def problem_with(value: str, earlier: Iterable[str], *, testbed: bool) -> str | 
         sizes = [TESTBED + size for size in SIZES]
         if value not in sizes:
             return f"no test-bed model `{value}`{nearest(value, sizes)}; known: {', '.join(sizes)}"
-        return None if testbed else f"`{value}` has no weights yet; only `train` starts from it"
+        return None if not needs_weights else f"`{value}` has no weights yet; only `train` starts from it"
     path = Path(value).expanduser()
     if path.is_dir():
         if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):

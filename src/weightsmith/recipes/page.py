@@ -23,8 +23,8 @@ from weightsmith.errors import PageError, nearest
 from weightsmith.recipes.models import problem_with
 from weightsmith.recipes.stages import KINDS, stage_class
 from weightsmith.recipes.stages.contract import Entry, Keys
-from weightsmith.recipes.validation import Problem, show, validate
-from weightsmith.recipes.yaml import Source, parse
+from weightsmith.recipes.validation import show, validate
+from weightsmith.runs.pages import Source, parse
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _TOP = ("name", "seed", "stages")
@@ -127,11 +127,10 @@ class _Reader:
             return None
         cls = stage_class(kind)
         config, problems = cls.parse(body) if hasattr(cls, "parse") else validate(cls, body)
-        if config is not None:
-            config.check(lambda keys, text: problems.append(Problem(keys, text)))
+        problems = [*problems, *(config.problems() if config is not None else ())]
         for problem in problems:
             self._say((*where, *problem.keys), problem.text)
-        return config
+        return None if problems else config
 
     def _references(
         self, name: str, config: Any, entries: Mapping[str, Entry], names: list[str]
@@ -151,7 +150,7 @@ class _Reader:
                 stages.append(value)
                 if value in entries and value not in makers:
                     self._say(keys, f"`{value}` makes no model: it is an `{entries[value].kind}` stage")
-            elif problem := problem_with(value, makers, testbed=config.takes_testbed):
+            elif problem := problem_with(value, makers, needs_weights=config.needs_weights):
                 self._say(keys, problem)
         return tuple(dict.fromkeys(stages))
 

@@ -30,7 +30,7 @@ class Record:
     Attributes:
         stage: Its name.
         kind: Its kind, such as `train`.
-        config: The resolved config, as plain values.
+        config: The config as it was carried out: defaults, derived values and searched options filled in.
         inputs: Content fingerprint of each model it read, by the page's word for it.
         fingerprint: Of config, inputs, data, seed and code.
         seed: The stage's seed.
@@ -38,6 +38,7 @@ class Record:
         digests: Name -> content fingerprint of that output.
         seconds: Wall time, of the last attempt where there were several.
         peak_bytes: Peak resident memory of its process.
+        predicted: What the plan said: `seconds`, `memory_bytes`, `disk_bytes`; empty when there was no plan.
     """
 
     stage: str
@@ -50,6 +51,7 @@ class Record:
     digests: Mapping[str, str]
     seconds: float
     peak_bytes: int
+    predicted: Mapping[str, float]
 
 
 def read_record(folder: Path) -> Record | None:
@@ -86,6 +88,9 @@ def content_digest(path: Path) -> str:
     """
     if not path.is_dir():
         return file_digest(path)
+    if (path / "adapter_config.json").is_file():
+        # An adapter can't be opened without its base, and is small.
+        return digest({file.name: file_digest(file) for file in sorted(path.iterdir()) if file.is_file()})
     from weightsmith.checkpoints import Checkpoint
 
     weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
@@ -97,23 +102,27 @@ def content_digest(path: Path) -> str:
     return digest(prints)
 
 
+def is_resumable(folder: Path, fingerprint: str) -> bool:
+    """Whether a stage's folder holds the beginnings of the stage with this fingerprint."""
+    if (folder / RECORD).exists() or not (folder / STARTED).is_file():
+        return False
+    try:
+        return read_json(folder / STARTED) == {"fingerprint": fingerprint}
+    except WeightsmithError:
+        return False
+
+
 def prepare(folder: Path, fingerprint: str) -> bool:
     """Make a stage's folder ready to work in; True when it holds the beginnings of the very same stage.
 
     Whatever another config, other inputs or a damaged result left there is deleted, the record first, so that
     a kill in between never leaves a record without its outputs.
     """
-    started = folder / STARTED
-    same = False
-    if started.is_file() and not (folder / RECORD).exists():
-        try:
-            same = read_json(started) == {"fingerprint": fingerprint}
-        except WeightsmithError:
-            same = False
+    same = is_resumable(folder, fingerprint)
     if not same:
         (folder / RECORD).unlink(missing_ok=True)
         _delete(folder, keep=[LOG])
-        write_json(started, {"fingerprint": fingerprint})
+        write_json(folder / STARTED, {"fingerprint": fingerprint})
     # Half-written files carry hidden names; their writers are dead, the stage's lock says so.
     _delete(folder, keep=[entry.name for entry in folder.iterdir() if not entry.name.startswith(".")])
     return same

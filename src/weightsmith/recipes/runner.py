@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from weightsmith.errors import WeightsmithError
 from weightsmith.recipes.executors import Executor, Outcome, Processes
 from weightsmith.recipes.inputs import Inputs
 from weightsmith.recipes.page import Page, load_page
+from weightsmith.recipes.plan import RunPlan, chains, plan_run
 from weightsmith.recipes.record import Record, read_record, tidy
 from weightsmith.recipes.stages.contract import Entry
 from weightsmith.runs.atomic import append_line, write_json, write_text
@@ -92,6 +93,7 @@ def run_recipe(
     *,
     root: str | Path = "runs",
     jobs: int | None = None,
+    plan: RunPlan | None = None,
     executor: Executor | None = None,
     progress: Callable[[str], Progress] = lambda stage: SILENT,
     say: Say = log.info,
@@ -102,25 +104,28 @@ def run_recipe(
         page: The recipe, or its file.
         root: Folder of all runs; this one goes to `root/<name>`.
         jobs: Stages to run at once; two, or one on a single core.
+        plan: What `plan_run` said of the page, where it was asked already.
         executor: Where stages run; processes of their own by default.
         progress: Makes the receiver of one stage's progress from the stage's name. Calls come from this
             thread.
         say: Gets one line per event worth telling a user.
 
     Raises:
-        PageError: the page is wrong; nothing was started.
-        CheckpointError: a model from outside the recipe can't be read.
+        PageError: the page is wrong, or its models don't fit each other; nothing was started.
+        CheckpointError: a model from outside the recipe can't be read; nothing was started.
         RunFailed: a stage failed; all that don't depend on it have been run.
-        SystemFault: the run's folder can't be written.
+        SystemFault: the run's folder can't be written, or will not hold what the plan says.
     """
     page = page if isinstance(page, Page) else load_page(page)
     folder = Path(root) / page.name
     executor = executor or Processes(jobs or min(2, cores()))
+    plan = plan or plan_run(page, root=root, jobs=executor.jobs)
+    plan.check_disk()
     started = time.perf_counter()
     with FolderLock(folder, on_wait=say):
         write_text(folder / "recipe.yaml", page.text)
         write_json(folder / "environment.json", environment())
-        run = _Run(page, folder, executor, progress, say)
+        run = _Run(page, folder, plan, executor, progress, say)
         try:
             run.work()
         finally:
@@ -142,6 +147,7 @@ class _Run:
         self,
         page: Page,
         folder: Path,
+        plan: RunPlan,
         executor: Executor,
         progress: Callable[[str], Progress],
         say: Say,
@@ -154,14 +160,10 @@ class _Run:
         self.running: dict[str, Any] = {}
         self.records: dict[str, Record] = {}
         self.results: dict[str, StageResult] = {}
-        self.weight = _weights(page)
+        self.plans = {stage.stage: stage for stage in plan.stages}
+        self.chains = chains(plan.stages)
 
     def work(self) -> None:
-        # What outsiders give is opened first: a wrong path should not be found out after an hour of training.
-        for entry in self.page.stages.values():
-            for reference in entry.config.references():
-                if reference.value not in self.page.stages and not self.inputs.is_testbed(reference.value):
-                    self.inputs.outside(reference.value)
         while self.waiting or self.running:
             while (entry := self._next()) is not None:
                 self._begin(entry)
@@ -170,7 +172,7 @@ class _Run:
                     self._end(outcome)
 
     def _next(self) -> Entry | None:
-        """The stage to begin now: of those that can, the one with the most work behind it."""
+        """The stage to begin now: of those that can, the one with the longest chain of work behind it."""
         if len(self.running) >= self.executor.jobs:
             return None
         ready = [
@@ -178,7 +180,7 @@ class _Run:
             for entry in self.waiting.values()
             if all(name in self.results and name not in self.running for name in entry.stages)
         ]
-        return max(ready, key=lambda entry: self.weight[entry.name], default=None)
+        return max(ready, key=lambda entry: self.chains[entry.name], default=None)
 
     def _begin(self, entry: Entry) -> None:
         del self.waiting[entry.name]
@@ -188,7 +190,9 @@ class _Run:
             self._record("skipped", entry, message=text, exit_code=1)
             return
         try:
-            job = self.inputs.job(entry, self.records)
+            job = replace(
+                self.inputs.job(entry, self.records), predicted=asdict(self.plans[entry.name].prediction)
+            )
         except WeightsmithError as error:  # its data vanished since the page was checked
             self._record("failed", entry, message=str(error), exit_code=error.exit_code)
             return
@@ -241,17 +245,9 @@ class _Run:
             peak_bytes=result.peak_bytes,
             **({"message": message} if message else {}),
         )
-        self.say(f"{entry.name}: {status}" + (f": {message}" if message else ""))
+        cost = f" ({record.seconds:.1f} s, {record.peak_bytes / 1e6:.0f} MB)" if record else ""
+        self.say(f"{entry.name}: {status}{cost}" + (f": {message}" if message else ""))
 
     def _log(self, event: str, stage: str, kind: str, fingerprint: str | None, **more: Any) -> None:
         line = {"event": event, "stage": stage, "kind": kind, "fingerprint": fingerprint, **more}
         append_line(self.ledger, {**line, "time": round(time.time(), 3)})
-
-
-def _weights(page: Page) -> dict[str, float]:
-    """For each stage the cost of the longest chain that starts with it, in the stages' own rough units."""
-    weight: dict[str, float] = {}
-    for name in reversed(list(page.stages)):
-        users = [weight[other] for other, entry in page.stages.items() if name in entry.stages]
-        weight[name] = page.stages[name].config.effort() + max(users, default=0.0)
-    return weight

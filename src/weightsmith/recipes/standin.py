@@ -1,7 +1,8 @@
 """A stand-in for a checkpoint that does not exist yet: the same files, headers and sizes, and no weights.
 
-A dry run plans each stage on the stand-ins of the stages above it, with the very code that will do the work, so its
-numbers can't drift from what happens. The tensors' bytes are holes: reading gives zeros, the disk holds nothing.
+A dry run plans each stage on the stand-ins of the stages above it, with the very code that will do the work,
+so its numbers can't drift from what happens. The tensors' bytes are holes: reading gives zeros, the disk
+holds nothing.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from weightsmith.errors import nearest
+from weightsmith.recipes.stages.contract import Keys, Problem
 
 T = TypeVar("T")
-Keys = tuple[str | int, ...]
 
 _EXPECTED = {
     "string_type": "text",
@@ -32,14 +32,6 @@ _EXPECTED = {
     "dataclass_type": "a mapping",
     "none_required": "nothing",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong with a page: where (keys from the top of the mapping) and what."""
-
-    keys: Keys
-    text: str
 
 
 def validate(cls: type[T], body: Mapping[str, Any]) -> tuple[T | None, list[Problem]]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from weightsmith.recipes.record import (
     tidy,
     write_record,
 )
-from weightsmith.recipes.stages.contract import Workspace
+from weightsmith.recipes.stages.contract import Workspace, plain
 from weightsmith.runs.locks import FolderLock
 from weightsmith.runs.memory import peak_rss_bytes
 from weightsmith.runs.progress import Progress
@@ -39,6 +38,7 @@ class Job:
         run: The run's folder.
         fingerprint: The stage's fingerprint.
         seed: The stage's seed.
+        predicted: What the plan said it would cost, for the record.
     """
 
     stage: str
@@ -48,6 +48,7 @@ class Job:
     run: Path
     fingerprint: str
     seed: int
+    predicted: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -64,41 +65,28 @@ def execute(job: Job, progress: Progress, say: Callable[[str], None] = log.info)
         WeightsmithError: bad input or a fault of the machine, as the stage tells it.
     """
     with FolderLock(job.run, name=f".locks/{job.stage}", on_wait=say):
-        done = read_record(job.folder)
-        if done and done.fingerprint == job.fingerprint and is_intact(job.folder, done):
-            tidy(job.folder, done)
-            return done
+        record = read_record(job.folder)
+        if record and record.fingerprint == job.fingerprint and is_intact(job.folder, record):
+            tidy(job.folder, record)
+            return record
         started = time.perf_counter()
         if prepare(job.folder, job.fingerprint):
             say(f"{job.stage}: going on where it was stopped")
         workspace = Workspace(job.folder, job.stage, job.seed)
-        outputs = job.config.run(job.models, workspace, progress)
+        done = job.config.run(job.models, workspace, progress)
         record = Record(
             stage=job.stage,
             kind=job.config.kind,
-            config=plain(job.config),
+            config=plain(done.config),
             inputs=dict(job.inputs),
             fingerprint=job.fingerprint,
             seed=job.seed,
-            outputs=outputs,
-            digests={name: content_digest(job.folder / path) for name, path in outputs.items()},
+            outputs=dict(done.outputs),
+            digests={name: content_digest(job.folder / path) for name, path in done.outputs.items()},
             seconds=round(time.perf_counter() - started, 3),
             peak_bytes=peak_rss_bytes(),
+            predicted=dict(job.predicted),
         )
         write_record(job.folder, record)
         tidy(job.folder, record)
         return record
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """A config object as values that JSON has."""
-    from pathlib import PurePath
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): convert(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [convert(item) for item in value]
-        return str(value) if isinstance(value, PurePath) else value
-
-    return convert(dataclasses.asdict(config))

@@ -68,7 +68,7 @@ def search_panel(stage: Stage) -> Panel | None:
         chart = _search_curve(stage, varied[0], trials, chosen)
     else:
         chart = _search_list(stage, varied, trials, chosen)
-    return Panel(stage=stage.name, chart=chart)
+    return Panel(stage=stage.name, chart=chart, note=_search_note(stage.search[0]))
 
 
 def search_trials(stage: Stage) -> list[tuple[Mapping[str, Any], float]]:
@@ -79,6 +79,15 @@ def search_trials(stage: Stage) -> list[tuple[Mapping[str, Any], float]]:
         for trial in trials
         if trial.get("score") is not None and math.isfinite(trial["score"])
     ]
+
+
+def _search_note(trial: Mapping[str, Any]) -> str:
+    better = "higher" if trial.get("higher_is_better") else "lower"
+    return (
+        f"{str(trial['metric']).replace('_', ' ').capitalize()}, {better} is better."
+        if trial.get("metric")
+        else ""
+    )
 
 
 def _trial_dot(x: float, y: float, chosen: bool, tip: str) -> str:

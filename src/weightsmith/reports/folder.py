@@ -33,7 +33,8 @@ class Stage:
         name: Its name on the page.
         kind: `train`, `finetune`, `merge`, `average`, `evaluate`, ...
         config: Options, as resolved by the run if it got that far, else as written on the page.
-        reads: Models it reads, in page order: names of earlier stages, folders, hub ids.
+        reads: Models it reads, in page order: names of earlier stages, folders, hub ids. A size of the
+            test-bed is no model yet.
         state: `done`; `failed` (the last try raised); `stopped` (started, never ended); `waiting` (never
             started, or skipped because a stage it reads failed).
         reused: The latest run found it done.
@@ -59,7 +60,9 @@ class Stage:
     @property
     def method(self) -> str:
         """The merge method; `average` has none on the page because it knows only one."""
-        return str(self.config.get("method", "")) if self.kind != "average" else "uniform average"
+        if self.kind == "average":
+            return "uniform average"
+        return str(self.config.get("method") or self.config.get("merge_method") or "")
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -189,11 +192,13 @@ def _stage(run: Path, name: str, body: Mapping[str, Any], ledger: list[dict[str,
     state = _state(record, last)
     if state != "done":
         record = {}
+    # The record has the run's own list; before there is one, the page's usual places must do.
+    reads = record.get("inputs") or models_named(written)
     return Stage(
         name=name,
         kind=str(kind),
         config=record.get("config") or written,
-        reads=models_named(written) if kind != "train" else (),
+        reads=tuple(model for model in reads if not model.startswith("testbed/")),
         state=state,
         folder=folder,
         reused=last.get("event") == "reused",

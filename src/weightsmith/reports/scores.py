@@ -148,8 +148,10 @@ def score_tables(run: Run) -> list[ScoreTable]:
 
 def base_of(run: Run, models: Sequence[str]) -> str | None:
     """The model of `models` that most merges, else most fine-tunes, start from."""
-    for kinds, key in ((MERGE_KINDS, "base"), (("finetune",), "model")):
-        used = Counter(str(stage.config.get(key)) for stage in run.stages if stage.kind in kinds)
+    for kinds, keys in ((MERGE_KINDS, ("base", "base_model")), (("finetune",), ("model",))):
+        used = Counter(
+            str(stage.config.get(key)) for stage in run.stages if stage.kind in kinds for key in keys
+        )
         for name, _ in used.most_common():
             if name in models:
                 return name

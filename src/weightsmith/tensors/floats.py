@@ -8,7 +8,7 @@ Method   Widening bfloat16 is a shift by 16. Widening float16 moves sign, expone
          nearest, ties to even.
 Edges    NaN stays NaN (quiet, same sign, when narrowed to bfloat16), infinities stay, a value past the
          largest finite one of float16 or bfloat16 becomes an infinity, as in torch.
-Cost     Per element, warm cache: widened in 0.2 ns (bfloat16) or 0.5 ns (float16), narrowed in 0.5 or 1 ns.
+Cost     Per element, warm cache: widened in 0.2 ns (bfloat16) or 0.5 ns (float16), narrowed in 0.6 or 1.6.
          Scratch memory belongs to the thread and holds two blocks of `BLOCK` elements.
 """
 
@@ -21,10 +21,10 @@ import numpy as np
 from weightsmith.errors import InputError, nearest
 
 DTYPE_BITS: dict[str, int] = {
+    "BOOL": 8,
     "F4": 4,
     "F6_E2M3": 6,
     "F6_E3M2": 6,
-    "BOOL": 8,
     "U8": 8,
     "I8": 8,
     "F8_E5M2": 8,
@@ -44,7 +44,7 @@ DTYPE_BITS: dict[str, int] = {
     "I64": 64,
     "U64": 64,
 }
-"""Bits per element of every dtype a safetensors header can name."""
+"""Bits per element of every dtype a safetensors header can name, in the format's own order."""
 
 DTYPE_BYTES: dict[str, int] = {name: bits // 8 for name, bits in DTYPE_BITS.items() if bits >= 8}
 """Bytes per element, packed dtypes (less than a byte) left out."""
@@ -91,6 +91,7 @@ _NAMES = {
 }
 
 _HALF_BIAS = np.float32(2.0**112)
+_HALF_REBIAS = np.uint32(2**32 - (112 << 23) + 0xFFF)
 _LARGEST_HALF_EXPONENT = np.float32(65536.0)
 
 
@@ -234,17 +235,17 @@ def _narrow_float16(values: np.ndarray, out: np.ndarray) -> None:
     np.bitwise_and(words, 0x7FFFFFFF, out=magnitude)
     np.right_shift(magnitude, 13, out=rounded)
     np.bitwise_and(rounded, 1, out=rounded)
-    np.add(rounded, 0xFFF, out=rounded)
     np.add(rounded, magnitude, out=rounded)
-    np.subtract(rounded, 112 << 23, out=rounded)  # wraps for subnormals, which are replaced below
+    np.add(rounded, _HALF_REBIAS, out=rounded)  # wraps for subnormals, which are replaced below
     np.right_shift(rounded, 13, out=rounded)
     np.minimum(rounded, 0x7C00, out=rounded)
-    small = magnitude < (113 << 23)
-    if small.any():
+    small = np.flatnonzero(magnitude < (113 << 23))
+    if small.size:
         # Beside 0.5 the last place of a float32 is 2^-24, that of a subnormal float16: the sum rounds for us.
         sums = magnitude[small].view(np.float32) + np.float32(0.5)
         rounded[small] = sums.view(np.uint32) - np.float32(0.5).view(np.uint32)
+    sign = magnitude
+    np.right_shift(words, 16, out=sign)
+    np.bitwise_and(sign, 0x8000, out=sign)
+    np.bitwise_or(rounded, sign, out=rounded)
     np.copyto(out, rounded, casting="unsafe")
-    np.right_shift(words, 16, out=rounded)
-    np.bitwise_and(rounded, 0x8000, out=rounded)
-    np.bitwise_or(out, rounded, out=out, casting="unsafe")

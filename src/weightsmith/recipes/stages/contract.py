@@ -8,15 +8,24 @@ undisturbed run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, ClassVar, Protocol
 
 from weightsmith.runs.prediction import Prediction
 from weightsmith.runs.progress import Progress
 
 Keys = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a page: where (keys from the top of the mapping) and what."""
+
+    keys: Keys
+    text: str
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,19 @@ class Workspace:
 
 
 @dataclass(frozen=True)
+class Done:
+    """What a stage made.
+
+    Attributes:
+        outputs: Name -> path inside the stage's folder; a model is called `checkpoint`.
+        config: The config as it was carried out, with every default and choice filled in.
+    """
+
+    outputs: Mapping[str, str]
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Forecast:
     """What a stage will cost, and what it will read besides its models.
 
@@ -71,31 +93,31 @@ class Forecast:
     warnings: tuple[str, ...] = ()
 
 
-Problems = Callable[[Keys, str], None]
-"""Notes what is wrong with a stage, at its keys."""
-
-
 class Stage(Protocol):
     """One stage's config object; the methods in the order in which the runner calls them."""
 
     kind: ClassVar[str]
     makes_model: ClassVar[bool]
     """Whether its output is a checkpoint that later stages may name."""
-    takes_testbed: ClassVar[bool]
-    """Whether it starts from a model without weights (`testbed/xs`)."""
+    needs_weights: ClassVar[bool]
+    """Whether its models need weights; else `testbed/xs` or a folder with a config will do."""
 
     def references(self) -> Sequence[Reference]:
         """The models it reads, in the page's order."""
         ...
 
-    def check(self, problem: Problems) -> None:
-        """Report what the types alone can't tell (unknown data names, missing files); reads no weights."""
+    def problems(self) -> Sequence[Problem]:
+        """What the types alone can't tell: unknown data names, missing files, ranges; reads no weights."""
         ...
 
     def completed(self, earlier: Mapping[str, Stage]) -> Stage:
         """The same config with what it leaves to earlier stages filled in (a replay's mixture, `tasks:
         all`).
         """
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What of the config decides the result, as JSON values."""
         ...
 
     def data_fingerprint(self) -> str:
@@ -107,18 +129,14 @@ class Stage(Protocol):
         """Whether its process needs torch and transformers."""
         ...
 
-    def effort(self) -> float:
-        """Rough cost, to decide which of several stages that could start should start first."""
-        ...
-
     def forecast(self, models: Mapping[str, Path], workspace: Workspace) -> Forecast:
         """Its cost. `models` maps the references' values to folders, stand-ins for those that don't exist
         yet.
         """
         ...
 
-    def run(self, models: Mapping[str, Path], workspace: Workspace, progress: Progress) -> dict[str, str]:
-        """Do the work; returns the outputs as name -> path inside the stage's folder."""
+    def run(self, models: Mapping[str, Path], workspace: Workspace, progress: Progress) -> Done:
+        """Do the work."""
         ...
 
 
@@ -144,3 +162,14 @@ def references_in(models: Sequence[Any], key: str) -> Iterator[Reference]:
             yield Reference((key, index, "model"), str(item["model"]))
         else:
             yield Reference((key, index), str(item))
+
+
+def plain(value: Any) -> Any:
+    """A config, or any part of one, as values that JSON has: dataclasses as dicts, tuples as lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, PurePath) else value

@@ -48,8 +48,7 @@ def parse(path: str | Path) -> Source:
 
     Raises:
         PageError: no such file, not UTF-8, not YAML, a key given twice, a tag (`!!python/...`), or nothing in
-            it;
-            one line with file and line.
+            it; one line with file and line.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.constructor import DuplicateKeyError

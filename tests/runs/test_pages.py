@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from weightsmith.errors import PageError
-from weightsmith.recipes.yaml import parse
+from weightsmith.runs.pages import parse
 
 
 def write(folder, text):

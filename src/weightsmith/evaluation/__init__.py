@@ -1,0 +1,33 @@
+"""Scorers for any Hugging Face causal language model. Names load on first use: importing the room costs
+nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weightsmith.evaluation.models import load_model
+    from weightsmith.evaluation.score import Score
+    from weightsmith.evaluation.scoring import evaluate
+    from weightsmith.evaluation.tasks import TaskConfig, check_tasks, task_names
+
+_HOMES = {
+    "Score": "score",
+    "TaskConfig": "tasks",
+    "check_tasks": "tasks",
+    "evaluate": "scoring",
+    "load_model": "models",
+    "task_names": "tasks",
+}
+
+__all__ = ["Score", "TaskConfig", "check_tasks", "evaluate", "load_model", "task_names"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

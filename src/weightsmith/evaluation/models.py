@@ -1,0 +1,128 @@
+"""A causal language model and its tokenizer from any Hugging Face folder, and the settings to run it with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightsmith.errors import CheckpointError, InputError, require
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SMALL_MODEL = 10_000_000  # parameters; below, a second thread costs more than it brings
+
+
+def load_model(
+    source: str | Path, *, device: str = "auto", dtype: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer of a folder or hub id, in evaluation mode.
+
+    Args:
+        source: Folder or hub id.
+        device: "auto" (CUDA where there is one), or what `torch.device` takes.
+        dtype: "auto" (float32 on the CPU, as stored elsewhere), or a torch dtype's name.
+
+    Raises:
+        CheckpointError: not a readable checkpoint of a causal language model, or without a tokenizer.
+        MissingExtraError: transformers is not installed.
+    """
+    transformers = require("transformers", extra="hf", needed_by="evaluation")
+    from weightsmith.checkpoints import Checkpoint
+
+    with Checkpoint.open(source) as checkpoint:  # a torn file is one clear line here, and forty in a loader
+        folder, name = checkpoint.path, checkpoint.name
+    on = choose_device(device)
+    wanted = ("float32" if on.type == "cpu" else "auto") if dtype == "auto" else dtype
+    with without_bars():
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=wanted)
+        except (OSError, ValueError, RuntimeError) as problem:
+            raise CheckpointError(
+                f"{name}: can't be loaded as a causal language model: {first_line(problem)}"
+            ) from problem
+    return model.to(on).eval(), load_tokenizer(folder)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    transformers = require("transformers", extra="hf", needed_by="tokenizing")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as problem:
+        raise CheckpointError(f"{folder}: no tokenizer that loads: {first_line(problem)}") from problem
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """The torch device of a name; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        InputError: no such device here.
+    """
+    import torch
+
+    try:
+        chosen = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        )
+    except RuntimeError as problem:
+        raise InputError(f"device {device!r}: {first_line(problem)}") from problem
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r}: this machine has no CUDA device")
+    return chosen
+
+
+def window_length(config: Mapping[str, Any]) -> int:
+    """Tokens of one window for a model's `config.json`, in training and scoring alike: a quarter of the
+    positions the model was made for, at most 1,024. Models without that number get 1,024.
+    """
+    text = config.get("text_config") or config
+    positions = text.get("max_position_embeddings") or text.get("n_positions") or 4096
+    return max(1, min(1024, int(positions) // 4))
+
+
+def default_threads(num_parameters: int) -> int:
+    """Intra-op threads for a model: one for small ones, else every core this process may use."""
+    from weightsmith.runs.environment import cores
+
+    return 1 if num_parameters < SMALL_MODEL else cores()
+
+
+@contextlib.contextmanager
+def intra_op_threads(count: int) -> Iterator[None]:
+    """Run torch with `count` threads inside the block."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers from drawing its own progress bars inside the block."""
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+def first_line(problem: BaseException) -> str:
+    """The first line of an error's message."""
+    lines = str(problem).strip().splitlines()
+    return lines[0] if lines else type(problem).__name__

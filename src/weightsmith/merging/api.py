@@ -1,0 +1,144 @@
+"""The functions people call: merge folders, or tensors and state dicts that are in memory already."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weightsmith.checkpoints import CheckpointWriter
+from weightsmith.merging.config import MergeConfig, parse_merge, read_merge_page
+from weightsmith.merging.engine import execute
+from weightsmith.merging.plan import MergePlan, open_plan
+from weightsmith.runs.progress import SILENT, Progress
+
+Config = MergeConfig | Mapping[str, Any] | str | Path
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        path: The finished folder.
+        method: The method's id.
+        parameters: Number of elements written.
+        bytes: Size of the folder.
+        seconds: Wall time, opening the inputs included.
+        warnings: What the user should know.
+        tensors: What spectral methods report of each tensor: ranks, weights.
+    """
+
+    path: Path
+    method: str
+    parameters: int
+    bytes: int
+    seconds: float
+    warnings: tuple[str, ...] = ()
+    tensors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """The report without the tensors, for people and programs."""
+        return {
+            "path": str(self.path),
+            "method": self.method,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "seconds": round(self.seconds, 3),
+            "warnings": list(self.warnings),
+        }
+
+
+def merge(
+    config: Config,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress = SILENT,
+    overwrite: bool = False,
+) -> MergeReport:
+    """Merge checkpoints into the folder `out`.
+
+    Args:
+        config: A page's path, its content as a mapping, or what `read_merge_page` made of it.
+        out: Folder to make; it appears whole or not at all.
+        device: Where spectral methods compute: "auto", "cpu", "cuda". Element-wise methods use the CPU.
+        threads: Worker threads; one a core by default. The output's bytes do not depend on it.
+        progress: Told what is done.
+        overwrite: Replace `out` when it exists and is a checkpoint.
+
+    Raises:
+        PageError: the page is wrong.
+        CheckpointError: a model can't be read, the models don't fit each other, `out` exists, or a weight is
+            NaN or infinite.
+        SystemFault: the machine failed; nothing is left behind.
+    """
+    begun = time.perf_counter()
+    with plan_merge(config, out, overwrite=overwrite, threads=threads, device=device) as plan:
+        written, tensors = run_plan(plan, Path(out), progress)
+        return MergeReport(
+            path=Path(out),
+            method=plan.config.method,
+            parameters=sum(output.spec.numel for output in plan.outputs),
+            bytes=written,
+            seconds=time.perf_counter() - begun,
+            warnings=plan.warnings,
+            tensors=tensors,
+        )
+
+
+def run_plan(plan: MergePlan, out: Path, progress: Progress) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Write the plan's output; returns its bytes and what spectral methods report."""
+    with CheckpointWriter(
+        out, plan.specs, side_files=plan.side_files, lineage=plan.lineage, overwrite=plan.overwrite
+    ) as writer:
+        tensors = execute(plan, plan.outputs, writer, progress=progress)
+        writer.commit()
+        return writer.planned_bytes, tensors
+
+
+def plan_merge(
+    config: Config,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    device: str = "auto",
+) -> MergePlan:
+    """Open and check a merge without doing it: a context manager with `predict`, `summary` and `warnings`.
+
+    Raises:
+        PageError: the page is wrong.
+        CheckpointError: a model can't be read, or the models don't fit each other.
+    """
+    if isinstance(config, str | Path):
+        config = read_merge_page(config)
+    elif not isinstance(config, MergeConfig):
+        config = parse_merge(config)
+    return open_plan(config, out, overwrite=overwrite, threads=threads, device=device)
+
+
+def average(
+    models: Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    threads: int | None = None,
+    progress: Progress = SILENT,
+    overwrite: bool = False,
+) -> MergeReport:
+    """The mean of checkpoints, uniform unless `weights` are given: `merge` with `linear`.
+
+    Raises:
+        The same as `merge`.
+    """
+    config: dict[str, Any] = {"method": "linear", "models": [str(model) for model in models]}
+    if weights is not None:
+        config["weight"] = list(weights)
+    if dtype is not None:
+        config["dtype"] = dtype
+    return merge(config, out, threads=threads, progress=progress, overwrite=overwrite)

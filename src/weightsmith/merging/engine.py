@@ -1,0 +1,275 @@
+"""Runs a plan: parameters on worker threads, each in tiles; matrices of spectral methods whole.
+
+Order    The largest parameter first, so that no worker is left alone with it at the end. Results do not
+depend
+         on the order: every tensor has its place in the output before the first is written.
+Threads  One worker a core. NumPy lets the lock go inside each call, and a tile is big enough that the calls
+are
+         what takes the time. Spectral methods compute on one thread each too, on as many at once as memory
+         allows; on a GPU one matrix at a time, while another worker reads.
+Memory   A worker holds one tile of every model and a few buffers of its size, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from weightsmith.errors import InputError
+from weightsmith.merging.parameter import TILE_ELEMENTS, Parameter, Scratch
+from weightsmith.merging.plan import MergePlan, Output
+from weightsmith.runs.environment import cores
+from weightsmith.runs.progress import Progress
+
+T = TypeVar("T")
+
+# Share of the free memory that whole matrices may take.
+_MEMORY_SHARE = 0.5
+_COPIED_BYTES = 1 << 22
+
+
+class Sink(Protocol):
+    """Where merged tensors go: a `CheckpointWriter`, or arrays in memory."""
+
+    def write(self, name: str, values: np.ndarray, start: int = 0) -> None:
+        """Take elements of tensor `name` from `start` on, fp32."""
+
+    def write_raw(self, name: str, data: np.ndarray, start: int = 0) -> None:
+        """Take stored bytes of tensor `name` from element `start` on."""
+
+
+def execute(
+    plan: MergePlan,
+    outputs: Sequence[Output],
+    sink: Sink,
+    *,
+    progress: Progress,
+    tile_elements: int = TILE_ELEMENTS,
+) -> dict[str, dict[str, Any]]:
+    """Merge `outputs` into `sink`.
+
+    Args:
+        plan: Where options that hold for all tensors are.
+        outputs: Some or all of the plan's.
+        sink: Takes the results, from several threads.
+        progress: Told the bytes written.
+        tile_elements: Elements of a tile; results do not depend on it.
+
+    Returns:
+        What spectral methods report of each tensor, by name.
+
+    Raises:
+        CheckpointError: NaN or infinity in a weight.
+        SystemFault: reading or writing failed.
+    """
+    copies = [output for output in outputs if output.method is None]
+    pairs = [
+        (output.parameter(plan.donor.config, plan.config.nan_policy, tile_elements), output.method)
+        for output in outputs
+        if output.method is not None
+    ]
+    itemsizes = {o.spec.name: o.spec.nbytes / max(o.spec.numel, 1) for o in outputs}
+    with _Workers(plan.threads) as workers:
+        stats = _survey(pairs, workers, progress)
+        progress.start("merge", sum(output.spec.nbytes for output in outputs), "B")
+        lock = threading.Lock()
+
+        def advance(name: str, elements: int) -> None:
+            with lock:
+                progress.advance(elements * itemsizes[name])
+
+        def by_tiles(parameter: Parameter, method: Any) -> None:
+            known = stats[parameter.name] if parameter.name in stats else method.survey(parameter)
+            for tile in parameter.tiles():
+                sink.write(parameter.name, method.merge_tile(tile, known), tile.start)
+                advance(parameter.name, tile.numel)
+
+        whole = [(p, m) for p, m in pairs if getattr(m, "spectral", False) and m.takes(p)]
+        taken = {parameter.name for parameter, _ in whole}
+        info = _by_matrices(whole, stats, sink, plan.device, workers, advance)
+        tiled = [(p, m) for p, m in pairs if p.name not in taken]
+        workers.each(lambda pair: by_tiles(*pair), tiled, key=lambda pair: pair[0])
+        for output in copies:
+            _copy(output, sink)
+            advance(output.spec.name, output.spec.numel)
+        progress.done()
+    return info
+
+
+def _survey(pairs: Sequence[tuple[Parameter, Any]], workers: _Workers, progress: Progress) -> dict[str, Any]:
+    """Stats of methods whose statistic spans tensors, by tensor; empty for the others."""
+    methods = {method for _, method in pairs if getattr(method, "global_survey", False)}
+    if not methods:
+        return {}
+    if len(methods) > 1 or any(method not in methods for _, method in pairs):
+        raise InputError(
+            "options that count over all tensors at once (`trim_scope: global`, `zero_sign: majority`, "
+            "`granularity: layer`) need the same options for every tensor; found values by filter or depth"
+        )
+    method = methods.pop()
+
+    def parallel(work: Callable[[Parameter], T], some: Sequence[Parameter]) -> list[T]:
+        progress.start("measure", float(len(some)), "tensors")
+
+        def one(parameter: Parameter) -> T:
+            found = work(parameter)
+            advance()
+            return found
+
+        found = workers.each(one, some, key=lambda parameter: parameter)
+        progress.done()
+        return found
+
+    lock = threading.Lock()
+
+    def advance() -> None:
+        with lock:
+            progress.advance(1.0)
+
+    return dict(method.survey_all([parameter for parameter, _ in pairs], parallel))
+
+
+def _by_matrices(
+    whole: Sequence[tuple[Parameter, Any]],
+    stats: dict[str, Any],
+    sink: Sink,
+    device: str,
+    workers: _Workers,
+    advance: Callable[[str, int], None],
+) -> dict[str, dict[str, Any]]:
+    """The whole-matrix route; torch is imported here and nowhere before."""
+    if not whole:
+        return {}
+    where = resolve_device(device)
+    on_gpu = where != "cpu"
+    turn = threading.Lock() if on_gpu else contextlib.nullcontext()
+    at_once = 2 if on_gpu else at_once_in_memory(whole)
+
+    def merge(pair: tuple[Parameter, Any]) -> tuple[str, dict[str, Any]]:
+        parameter, method = pair
+        known = stats[parameter.name] if parameter.name in stats else method.survey(parameter)
+        base, models = parameter.whole()
+        with turn:
+            merged, info = method.merge_whole(base, models, parameter, device=where, stats=known)
+        del base, models
+        flat = np.ascontiguousarray(merged, np.float32).reshape(-1)
+        sink.write(parameter.name, flat)
+        advance(parameter.name, flat.size)
+        return parameter.name, info
+
+    with workers.at_most(at_once):
+        return dict(workers.each(merge, whole, key=lambda pair: pair[0]))
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is a GPU where torch sees one.
+
+    Raises:
+        InputError: `cuda` where there is none.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device: `{device}` is asked for, torch {torch.__version__} sees no GPU")
+    return device
+
+
+def whole_bytes(parameter: Parameter, method: Any) -> int:
+    """Memory that merging one parameter whole takes."""
+    count = parameter.num_models
+    if not hasattr(method, "whole_bytes"):
+        return 4 * parameter.numel * (2 * count + 2)
+    return 4 * parameter.numel + method.whole_bytes(parameter.shape, count)
+
+
+def at_once_in_memory(whole: Sequence[tuple[Parameter, Any]]) -> int:
+    """How many of the largest whole matrices fit into the free memory together, at least one."""
+    largest = max(whole_bytes(parameter, method) for parameter, method in whole)
+    return max(1, int(_free_memory() * _MEMORY_SHARE) // max(largest, 1))
+
+
+def _free_memory() -> int:
+    """Bytes that can be had without swapping; caches count as free."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as facts:
+            for line in facts:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _copy(output: Output, sink: Sink) -> None:
+    """Stored bytes as they are."""
+    origin = output.models[0]
+    step = max(1, _COPIED_BYTES // max(1, round(output.spec.nbytes / max(output.spec.numel, 1))))
+    for start in range(0, output.spec.numel, step):
+        stop = min(start + step, output.spec.numel)
+        sink.write_raw(output.spec.name, origin.checkpoint.read_raw(origin.name, start, stop), start)
+
+
+class _Workers:
+    """Threads that each keep their scratch buffers from parameter to parameter."""
+
+    def __init__(self, threads: int | None) -> None:
+        self.threads = max(1, threads or cores())
+        self._local = threading.local()
+        self._pool = ThreadPoolExecutor(self.threads, "merge")
+        self._seats: threading.Semaphore | contextlib.nullcontext = contextlib.nullcontext()
+
+    def each(
+        self, work: Callable[[Any], T], items: Sequence[Any], key: Callable[[Any], Parameter]
+    ) -> list[T]:
+        """`work` of every item, largest parameter first; results in the order of the items.
+
+        The first error stops what has not begun and is raised when the rest has ended.
+        """
+        stop = threading.Event()
+
+        def run(item: Any) -> T | None:
+            if stop.is_set():
+                return None
+            with self._seats:
+                key(item).scratch = self._scratch()
+                try:
+                    return work(item)
+                except BaseException:
+                    stop.set()
+                    raise
+
+        order = sorted(range(len(items)), key=lambda place: -key(items[place]).numel)
+        futures = {place: self._pool.submit(run, items[place]) for place in order}
+        try:
+            wait(futures.values(), return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+        return [futures[place].result() for place in range(len(items))]  # pyrefly: ignore
+
+    @contextlib.contextmanager
+    def at_most(self, count: int) -> Iterator[None]:
+        """Inside, only so many items are in work at once."""
+        self._seats = threading.Semaphore(count)
+        try:
+            yield
+        finally:
+            self._seats = contextlib.nullcontext()
+
+    def _scratch(self) -> Scratch:
+        if not hasattr(self._local, "scratch"):
+            self._local.scratch = Scratch()
+        return self._local.scratch
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)

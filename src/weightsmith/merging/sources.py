@@ -1,0 +1,305 @@
+"""The checkpoints of a merge, opened and checked against each other; what each output tensor is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightsmith.checkpoints import Checkpoint, TensorInfo, layer_index
+from weightsmith.errors import CheckpointError
+from weightsmith.merging import compatibility
+from weightsmith.merging.config import Input, Keys, MergeConfig, OutputSlice
+from weightsmith.merging.settings import Setting
+from weightsmith.merging.stacking import Stack, is_first
+from weightsmith.registry import load
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A stored tensor of a checkpoint."""
+
+    checkpoint: Checkpoint
+    info: TensorInfo
+
+    @property
+    def name(self) -> str:
+        """Its name in that checkpoint."""
+        return self.info.name
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one output tensor is made from, and the scopes its options come from.
+
+    Attributes:
+        base: Where the base's values are, for methods that take a base.
+        models: Where the models' values are.
+        model_options: Options of each model.
+        positions: Each model's place in lists of one value a model.
+        options: Options of the slice.
+        depth: 0 .. 1 over the layers of the slice, 0 outside.
+        keys: Where the slice stands on the page.
+    """
+
+    base: Origin | None
+    models: tuple[Origin, ...]
+    model_options: tuple[Mapping[str, Setting], ...]
+    positions: tuple[int, ...]
+    options: Mapping[str, Setting]
+    depth: float
+    keys: Keys
+
+
+@dataclass(frozen=True, slots=True)
+class _Roles:
+    """Who is who in one slice once the base is told from the models."""
+
+    base: tuple[Checkpoint, int] | None  # with the first layer it gives
+    models: tuple[tuple[Checkpoint, int], ...]
+    options: tuple[Mapping[str, Setting], ...]
+    positions: tuple[int, ...]
+    part: OutputSlice
+
+    @property
+    def reference(self) -> tuple[Checkpoint, int]:
+        return self.base or self.models[0]
+
+
+class Sources:
+    """All checkpoints of a merge; `parts` tells what each output tensor is made from.
+
+    Attributes:
+        donor: Whose config and tokenizer the output takes.
+        roles: Every checkpoint once for each role, in the page's order: "base" or "model".
+        warnings: What the user should know.
+        kept_layers: For each output layer its number in the donor, None where layers are not restacked.
+        donor_depth: Layers of the donor.
+    """
+
+    def __init__(self, config: MergeConfig) -> None:
+        self.config = config
+        self.warnings: tuple[str, ...] = ()
+        self.kept_layers: list[int] | None = None
+        self.donor_depth = 0
+        self._opened: dict[str, Checkpoint] = {}
+        self._stacks: dict[int, Stack] = {}
+        try:
+            self._open_all()
+        except BaseException:
+            self.close()
+            raise
+
+    def opened(self, model: str) -> Checkpoint:
+        """The open checkpoint of a model as the page names it."""
+        return self._opened[_identity(model)]
+
+    def parts(self) -> Iterator[tuple[str, int | None, Part]]:
+        """Name, layer and origin of every output tensor."""
+        return self._stacked_parts() if self.config.stacked else self._plain_parts()
+
+    def close(self) -> None:
+        """Close all checkpoints."""
+        while self._opened:
+            self._opened.popitem()[1].close()
+
+    def _open_all(self) -> None:
+        config = self.config
+        self._method = load(config.method, "merging")
+        needs_base = self._method.base == "required"
+        if needs_base and config.base is None and any(part.base is None for part in config.slices):
+            key = "base_model" if config.dialect == "mergekit" else "base"
+            config.fail(
+                (), f"`{config.method}` changes a base: name the model the others were tuned from in `{key}`"
+            )
+        if config.base is not None:
+            self._open(config.base)
+        for part in config.slices:
+            if part.base is not None:
+                self._open(part.base)
+            for source in part.inputs:
+                self._open(source.model)
+        first = config.slices[0].inputs[0].model
+        self.donor = self.opened(first if config.base is None else config.base)
+        for checkpoint in self._opened.values():
+            compatibility.check_plain(checkpoint)
+        self._slices = [self._assign(part) for part in config.slices]
+        self._check_models()
+
+    def _open(self, model: str) -> None:
+        key = _identity(model)
+        if key in self._opened:
+            return
+        folder, plus, adapter = model.rpartition("+")
+        if plus and not Path(model).exists():
+            self._open(folder)
+            self._opened[key] = Checkpoint.open(adapter, base=self.opened(folder))
+            return
+        # An adapter's own config often names a path of the machine it was trained on; the page knows better.
+        base = self.config.base
+        known = self._opened.get(_identity(base)) if base is not None else None
+        self._opened[key] = Checkpoint.open(model, base=known)
+
+    def _assign(self, part: OutputSlice) -> _Roles:
+        """Take the base out of the models, or put it first where it is one of them."""
+        base_name = part.base or self.config.base
+        base_key = None if base_name is None else _identity(base_name)
+        listed = [source for source in part.inputs if _identity(source.model) == base_key]
+        inputs = list(enumerate(part.inputs))
+        base: tuple[Checkpoint, int] | None = None
+        if self._method.base != "none" and base_name is not None:
+            inputs = [(place, source) for place, source in inputs if _identity(source.model) != base_key]
+            layers = (listed or part.inputs)[0].layers
+            base = (self.opened(base_name), layers[0] if layers else 0)
+            if listed and not self.config.stacked:
+                self.warnings += (f"the base {base[0].name} is listed among the models and is ignored there",)
+            if not inputs:
+                self.config.fail(part.keys, f"no model is left after the base {base[0].name} is taken out")
+        elif getattr(self._method, "base_is_model", False) and base_name is not None:
+            first = listed[0] if listed else Input(base_name, layers=part.inputs[0].layers)
+            inputs = [(0, first), *((place, source) for place, source in inputs if source is not first)]
+        self._check_count(len(inputs), part)
+        # Lists of one value a model count the models without the base, unless they are as long as the page's.
+        values = [setting for setting in self.config.options.values() if hasattr(setting, "values")]
+        whole = any(len(setting.values) == len(part.inputs) != len(inputs) for setting in values)
+        return _Roles(
+            base,
+            tuple((self.opened(s.model), s.layers[0] if s.layers else 0) for _, s in inputs),
+            tuple(source.options for _, source in inputs),
+            tuple(place if whole else at for at, (place, _) in enumerate(inputs)),
+            part,
+        )
+
+    def _check_count(self, count: int, part: OutputSlice) -> None:
+        least, most = self._method.min_models, self._method.max_models
+        if count < least or (most is not None and count > most):
+            bound = f"at least {least}" if count < least else f"at most {most}"
+            wanted = f"exactly {least}" if least == most else bound
+            self.config.fail(part.keys, f"`{self.config.method}` merges {wanted} models, found {count}")
+
+    def _check_models(self) -> None:
+        """Compare every checkpoint with the donor: architecture, tokenizer, names of tensors."""
+        self.roles: list[tuple[Checkpoint, str]] = []
+        uses_base = any(roles.base is not None for roles in self._slices)
+        if self.config.base is not None and uses_base:
+            self.roles.append((self.donor, "base"))
+        for roles in self._slices:
+            if roles.base is not None and (roles.base[0], "base") not in self.roles:
+                self.roles.append((roles.base[0], "base"))
+            for checkpoint, _ in roles.models:
+                if (checkpoint, "model") not in self.roles or not self.config.stacked:
+                    self.roles.append((checkpoint, "model"))
+        others = list({id(c): c for c, _ in self.roles if c is not self.donor}.values())
+        for checkpoint in others:
+            self.warnings += tuple(compatibility.check_architecture(checkpoint, self.donor))
+        if self.config.tokenizer is None:
+            key = "tokenizer_source: base" if self.config.dialect == "mergekit" else "tokenizer: base"
+            compatibility.check_tokenizers(others, self.donor, key)
+        if not self.config.stacked:
+            roles = self._slices[0]
+            for checkpoint, _ in roles.models:
+                if checkpoint is not roles.reference[0]:
+                    compatibility.check_names(checkpoint, roles.reference[0])
+
+    def _plain_parts(self) -> Iterator[tuple[str, int | None, Part]]:
+        roles = self._slices[0]
+        names = list(roles.reference[0].tensors)
+        layers = {name: layer_index(name) for name in names}
+        last = max((layer for layer in layers.values() if layer is not None), default=0)
+        for name in names:
+            layer = layers[name]
+            holders = [roles.base, *roles.models] if roles.base else list(roles.models)
+            if compatibility.is_buffer(name) and any(compatibility.find(c, name) is None for c, _ in holders):
+                continue  # a buffer that not every model stores: loaders make it anew
+            depth = 0.0 if layer is None else layer / last if last else 1.0
+            yield name, layer, self._part(roles, [name] * len(holders), depth)
+
+    def _stacked_parts(self) -> Iterator[tuple[str, int | None, Part]]:
+        donor = self._stack(self.donor)
+        self.kept_layers, self.donor_depth = [], donor.depth
+        for roles in self._slices:
+            layers = roles.part.inputs[0].layers or (0, donor.depth)
+            count = layers[1] - layers[0]
+            for step in range(count):
+                layer = len(self.kept_layers)
+                holders = [roles.base, *roles.models] if roles.base else list(roles.models)
+                rests = self._rests(holders, step, roles.part)
+                depth = step / (count - 1) if count > 1 else 1.0
+                for rest in rests:
+                    names = [self._stack(c).name(first + step, rest) for c, first in holders]
+                    yield donor.name(layer, rest), layer, self._part(roles, names, depth)
+                self.kept_layers.append(roles.reference[1] + step)
+        for name in donor.outside(self.donor.tensors):
+            roles = self._slices[0 if is_first(name) else -1]
+            holders = [roles.base, *roles.models] if roles.base else list(roles.models)
+            if compatibility.is_buffer(name):
+                continue
+            for checkpoint, _ in holders:
+                if compatibility.find(checkpoint, name) is None:
+                    raise CheckpointError(
+                        f"{checkpoint.name}: has no tensor `{name}`, {self.donor.name} has. "
+                        f"{compatibility.NOTHING_WRITTEN}"
+                    )
+            yield name, None, self._part(roles, [name] * len(holders), 0.0)
+
+    def _rests(self, holders: Sequence[tuple[Checkpoint, int]], step: int, part: OutputSlice) -> list[str]:
+        """Rests of the names in one layer, the same in all models."""
+        found = []
+        for checkpoint, first in holders:
+            stack = self._stack(checkpoint)
+            if first + step >= stack.depth:
+                self.config.fail(
+                    part.keys,
+                    f"{checkpoint.name} has layers 0 .. {stack.depth - 1}, layer {first + step} is asked for",
+                )
+            names = stack.rest[first + step]
+            found.append([rest for rest in names if not compatibility.is_buffer(rest)])
+        for (checkpoint, first), names in zip(holders, found, strict=True):
+            other = set(names) ^ set(found[0])
+            if other:
+                owner = holders[0][0].name
+                raise CheckpointError(
+                    f"{checkpoint.name}: layer {first + step} and layer {holders[0][1] + step} of {owner} "
+                    f"don't hold the same tensors: `{min(other)}` is in one only. "
+                    f"{compatibility.NOTHING_WRITTEN}"
+                )
+        return found[0]
+
+    def _part(self, roles: _Roles, names: Sequence[str], depth: float) -> Part:
+        """`names` has one name for the base, if there is one, then one for each model."""
+        holders = [roles.base, *roles.models] if roles.base else list(roles.models)
+        origins = [
+            Origin(checkpoint, _info(checkpoint, name))
+            for (checkpoint, _), name in zip(holders, names, strict=True)
+        ]
+        base = origins.pop(0) if roles.base else None
+        return Part(
+            base, tuple(origins), roles.options, roles.positions, roles.part.options, depth, roles.part.keys
+        )
+
+    def _stack(self, checkpoint: Checkpoint) -> Stack:
+        if id(checkpoint) not in self._stacks:
+            self._stacks[id(checkpoint)] = Stack(checkpoint)
+        return self._stacks[id(checkpoint)]
+
+
+def open_sources(config: MergeConfig) -> Sources:
+    """Open every checkpoint of `config` and check that they fit.
+
+    Raises:
+        PageError: the page asks for what its models can't give.
+        CheckpointError: a model can't be read or doesn't fit the others.
+    """
+    return Sources(config)
+
+
+def _identity(model: str) -> str:
+    """The same text for the same model, however its path is written."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.exists() else model
+
+
+def _info(checkpoint: Checkpoint, name: str) -> TensorInfo:
+    info = compatibility.find(checkpoint, name)
+    assert info is not None
+    return info

@@ -1,0 +1,105 @@
+"""Outputs put together from layer ranges: which tensor comes from where, and what the config must then say.
+
+Letters  L layers of the output
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from weightsmith.checkpoints import Checkpoint
+from weightsmith.errors import CheckpointError
+
+_LAYERED = re.compile(r"^(.*?\.|)(\d+)(\..+)$")
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+# Lists of layer numbers; other lists that are as long as the model is deep hold one value a layer.
+_LAYER_NUMBERS = ("mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "moe_layers", "dense_layers")
+# Rules by layer number: a restacked model follows them by its new numbers.
+_PATTERNS = (
+    "sliding_window_pattern",
+    "full_attention_interval",
+    "decoder_sparse_step",
+    "first_k_dense_replace",
+    "interleave_moe_layer_step",
+    "attn_layer_period",
+    "expert_layer_period",
+    "max_window_layers",
+)
+_FIRST = re.compile(r"(^|\.)(wte|wpe|emb|tok|.*embed.*|word_embeddings.*|shared)\.")
+
+
+class Stack:
+    """The stack of layers of one model.
+
+    Attributes:
+        prefix: What stands before the layer's number in names (`model.layers.`).
+        depth: Number of layers.
+        rest: Rests of the names in each layer (`.mlp.up_proj.weight`), by layer.
+    """
+
+    def __init__(self, model: Checkpoint) -> None:
+        self.rest: dict[int, list[str]] = {}
+        prefixes = set()
+        for name in model.tensors:
+            match = _LAYERED.match(name)
+            if match:
+                prefixes.add(match[1])
+                self.rest.setdefault(int(match[2]), []).append(match[3])
+        if len(prefixes) != 1:
+            found = ", ".join(sorted(prefixes)) or "none"
+            raise CheckpointError(f"{model.name}: slices need one stack of layers, found {found}")
+        self.prefix = prefixes.pop()
+        self.depth = len(self.rest)
+        if sorted(self.rest) != list(range(self.depth)):
+            raise CheckpointError(
+                f"{model.name}: layers {self.prefix}* are not numbered 0 .. {self.depth - 1} without a gap"
+            )
+
+    def name(self, layer: int, rest: str) -> str:
+        """The tensor's name in this model."""
+        return f"{self.prefix}{layer}{rest}"
+
+    def outside(self, names: Collection[str]) -> list[str]:
+        """Names outside the layers."""
+        return [name for name in names if not _LAYERED.match(name)]
+
+
+def is_first(name: str) -> bool:
+    """Whether a tensor outside the layers stands before them (embeddings) and so follows the first slice."""
+    return bool(_FIRST.search(name))
+
+
+def restacked(config: Mapping[str, Any], kept: Sequence[int], depth: int) -> tuple[dict[str, Any], list[str]]:
+    """The config of a model whose layers are the `kept` ones of a model of `depth`, in this order.
+
+    Args:
+        config: config.json of the model the layers are counted in.
+        kept: For each of the L output layers its number in that model.
+        depth: Layers of that model.
+
+    Returns:
+        The new config, and the keys in it that rule layers by their number and now mean other ones.
+
+    Example:
+        >>> restacked({"num_hidden_layers": 3, "layer_types": ["a", "b", "c"]}, [0, 2, 2], 3)
+        ({'num_hidden_layers': 3, 'layer_types': ['a', 'c', 'c']}, [])
+    """
+    new = copy.deepcopy(dict(config))
+    doubtful = []
+    for part in (new, new.get("text_config")):
+        if not isinstance(part, dict):
+            continue
+        for key in _LAYER_COUNTS:
+            if part.get(key) == depth:
+                part[key] = len(kept)
+        for key, value in part.items():
+            if key in _LAYER_NUMBERS and isinstance(value, list):
+                part[key] = [place for place, layer in enumerate(kept) if layer in value]
+            elif isinstance(value, list) and len(value) == depth and ("layer" in key or "block" in key):
+                part[key] = [value[layer] for layer in kept]
+            elif key in _PATTERNS and value and "layer_types" not in part:
+                doubtful.append(key)
+    return new, doubtful

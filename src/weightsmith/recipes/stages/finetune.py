@@ -1,0 +1,33 @@
+"""`finetune`: a trained model trained further.
+
+code: {finetune: {model: base, data: source, replay: 0.25}}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from weightsmith.recipes.stages.training import PageData, TrainingStage
+from weightsmith.training import FinetuneConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(TrainingStage, FinetuneConfig):
+    """Keys of the stage: those of `FinetuneConfig`, and the model it starts from."""
+
+    model: str
+    """A stage, folder or hub id."""
+    data: PageData
+    """What to train on: test-bed tasks, files, hub data sets."""
+    replay_data: PageData | None = None
+    """What to replay; by default what `model` was trained on."""
+
+    kind: ClassVar[str] = "finetune"
+    needs_weights: ClassVar[bool] = True
+
+    def start(self, *args: Any, **kwargs: Any) -> None:
+        """Train."""
+        from weightsmith.training import finetune
+
+        finetune(self, *args, **kwargs)

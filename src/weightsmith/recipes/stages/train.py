@@ -1,0 +1,33 @@
+"""`train`: a model from random weights.
+
+base: {train: {model: testbed/xs, data: [source, docs], steps: 500}}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from weightsmith.recipes.stages.training import PageData, TrainingStage
+from weightsmith.training import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(TrainingStage, TrainConfig):
+    """Keys of the stage: those of `TrainConfig`, and the model whose architecture is trained."""
+
+    model: str
+    """`testbed/<size>`, or a stage, folder or hub id: its `config.json` and tokenizer, not its weights."""
+    data: PageData
+    """What to train on: test-bed tasks, files, hub data sets."""
+    replay_data: PageData | None = None
+    """What to replay where `replay` is set."""
+
+    kind: ClassVar[str] = "train"
+    needs_weights: ClassVar[bool] = False
+
+    def start(self, *args: Any, **kwargs: Any) -> None:
+        """Train."""
+        from weightsmith.training import train
+
+        train(self, *args, **kwargs)

@@ -1,0 +1,128 @@
+"""The program as a user meets it: whole processes, their output, their exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+PROGRAM = str(Path(sys.executable).with_name("weightsmith"))
+
+
+def weightsmith(*args, cwd=None):
+    return subprocess.run(
+        [PROGRAM, *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two tiny checkpoints and a page that averages them."""
+    folder = tmp_path_factory.mktemp("models")
+    for index, name in enumerate(("a", "b")):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        weights = {"model.layers.0.w": np.full((4, 4), float(index), np.float32)}
+        save_file(weights, folder / name / "model.safetensors", metadata={"format": "pt"})
+    (folder / "merge.yml").write_text("method: linear\nmodels: [a, b]\n")
+    return folder
+
+
+COMMANDS = ("run", "merge", "average", "evaluate", "inspect", "trace", "report", "methods")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_ends_with_an_example_of_it(command):
+    shown = weightsmith(command, "--help")
+    assert shown.returncode == 0
+    assert f"Example: weightsmith {command}" in shown.stdout
+
+
+def test_help_imports_nothing_heavy():
+    program = (
+        "import sys; from weightsmith.cli.main import main; sys.argv = ['weightsmith', '--help']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'numpy', 'pydantic', 'rich', 'jinja2', 'ruamel'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip().endswith("[]")
+
+
+def test_a_merge_from_page_to_folder_to_family_tree(models, tmp_path):
+    checked = weightsmith("merge", "merge.yml", tmp_path / "out", "--check", "--json", cwd=models)
+    assert json.loads(checked.stdout)["parameters"] == 16
+    assert not (tmp_path / "out").exists()
+    merged = weightsmith("merge", "merge.yml", tmp_path / "out", "--json", cwd=models)
+    assert json.loads(merged.stdout)["parameters"] == 16
+    predicted = json.loads(checked.stdout)["prediction"]["disk_bytes"]
+    assert predicted == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+    tree = json.loads(weightsmith("trace", tmp_path / "out", "--search", models, "--json").stdout)
+    assert [child["found"] for child in tree["inputs"]] == [str(models / "a"), str(models / "b")]
+    seen = json.loads(weightsmith("inspect", tmp_path / "out", "--norms", "--json").stdout)
+    assert seen["norms"]["model.layers.0.w"]["rms"] == 0.5
+
+
+def test_average_is_the_linear_merge(models, tmp_path):
+    assert weightsmith("average", models / "a", models / "b", tmp_path / "mean").returncode == 0
+    assert weightsmith("merge", "merge.yml", tmp_path / "linear", cwd=models).returncode == 0
+    files = [tmp_path / name / "model.safetensors" for name in ("mean", "linear")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("merge", "missing.yml", "out"), "missing.yml"),
+        (("run", "missing.yaml"), "missing.yaml"),
+        (("inspect", "./nowhere"), "nowhere"),
+        (("trace", "./nowhere"), "nowhere"),
+        (("report", "./nowhere"), "nowhere"),
+        (("average", "a", "out"), "two states"),
+        (("evaluate", "./nowhere", "--task", "source"), "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it_and_exit_code_2(args, named, models):
+    answer = weightsmith(*args, cwd=models)
+    assert answer.returncode == 2
+    assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr
+    assert named in answer.stderr
+    assert answer.stdout == ""
+
+
+def test_debug_shows_the_traceback(models):
+    answer = weightsmith("--debug", "merge", "missing.yml", "out", cwd=models)
+    assert answer.returncode != 0
+    assert "Traceback" in answer.stderr
+
+
+def test_a_fault_of_the_machine_is_one_line_and_exit_code_1(models, tmp_path):
+    # A file-size limit stands for a full disk: the kernel refuses the write in the same way.
+    shell = f"ulimit -f 0; trap '' XFSZ; exec {PROGRAM} average a b {tmp_path / 'out'}"
+    answer = subprocess.run(["bash", "-c", shell], cwd=models, capture_output=True, text=True, check=False)
+    assert answer.returncode == 1
+    assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_methods_lists_the_registry_for_programs():
+    listed = json.loads(weightsmith("methods", "--room", "merging", "--json").stdout)
+    assert {"linear", "ties", "resm"} <= {card["id"] for card in listed}
+
+
+def test_a_closed_pipe_ends_quietly(models):
+    shell = f"set -o pipefail; {PROGRAM} methods | head -n 0"
+    answer = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    assert "Traceback" not in answer.stderr
+
+
+def test_completion_is_offered():
+    assert "complete" in weightsmith("--show-completion", "bash").stdout.lower()

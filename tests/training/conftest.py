@@ -10,16 +10,15 @@ import pytest
 RANKS = Path(__file__).parent / "ranks"
 
 
-@pytest.fixture
-def run_ranks(tmp_path):
+@pytest.fixture(scope="module")
+def run_ranks(tmp_path_factory):
     """`run_ranks("alphadecay.py", world=2)` -> what each rank saved: `ranks/<script>` gets the folder to save
     to."""
 
     def run(script, *arguments, world=2):
         import torch
 
-        out = tmp_path / Path(script).stem
-        out.mkdir(exist_ok=True)
+        out = tmp_path_factory.mktemp(Path(script).stem)
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",

@@ -6,11 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from safetensors.numpy import save_file
-
-settings.register_profile("checkpoints", deadline=None, derandomize=True)
-settings.load_profile("checkpoints")
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -207,6 +207,11 @@ def test_embeddings_and_heads_are_left_out_by_default(name, taken):
     assert not Tsvm(exclude=("*.weight",)).takes(parameter_of(base, [base], name=name))
 
 
+def test_biases_of_stacked_experts_are_no_matrix():
+    base = np.zeros((4, 6), np.float32)
+    assert not Tsvm().takes(parameter_of(base, [base], name="layers.0.mlp.experts.gate_up_proj_bias"))
+
+
 def test_a_stack_of_experts_is_merged_expert_by_expert():
     base, models = random(4, 8, 10).astype(np.float32), random(2, 4, 8, 10, seed=1).astype(np.float32)
     found, info = merge_whole(Tsvm(), base, models.copy(), name="layers.1.experts.down_proj")

@@ -4,6 +4,7 @@ import pytest
 
 from weightsmith.recipes import fingerprint
 from weightsmith.recipes.fingerprint import code_version
+from weightsmith.recipes.stages import KINDS
 
 
 @pytest.fixture
@@ -85,3 +86,20 @@ def test_a_new_file_of_a_reachable_room_counts(package):
     before = versions()
     (root / "merging" / "slerp.py").write_text("X = 1\n")
     assert before[1] != versions()[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rooms"),
+    [
+        ("train", {"training", "testbed", "evaluation", "checkpoints", "tensors", "runs"}),
+        ("finetune", {"training", "testbed", "evaluation", "checkpoints", "tensors", "runs"}),
+        ("average", {"merging", "checkpoints", "tensors", "runs"}),
+        ("merge", {"merging", "testbed", "evaluation", "checkpoints", "tensors", "runs"}),
+        ("evaluate", {"testbed", "evaluation", "checkpoints", "tensors", "runs"}),
+    ],
+)
+def test_each_kind_reaches_the_rooms_that_decide_its_result_and_no_others(kind, rooms):
+    files = fingerprint._reach(KINDS[kind].partition(":")[0])
+    parts = [file.relative_to(fingerprint._ROOT).parts for file in files]
+    assert {part[0] for part in parts if len(part) > 1} == rooms | {"recipes"}
+    assert {part[1] for part in parts if part[0] == "recipes"} == {"stages"}

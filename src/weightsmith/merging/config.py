@@ -28,7 +28,7 @@ from weightsmith.merging import settings
 from weightsmith.merging.options import OptionError, build, is_per_model, page_key, schema
 from weightsmith.merging.parameter import NanPolicy
 from weightsmith.merging.settings import EachModel, Setting, SettingError
-from weightsmith.registry import card, load
+from weightsmith.registry import load
 from weightsmith.runs.pages import Source as Page
 from weightsmith.runs.pages import parse as parse_page
 from weightsmith.tensors.floats import parse_dtype
@@ -186,10 +186,9 @@ def method_of(body: Mapping[str, Any], key: str, page: Page | None) -> type:
             page, (key,) if key in body else (), f"expected `{key}: <name of a merge method>`, found {name!r}"
         )
     try:
-        card(name, "merging")
+        return load(name, "merging")
     except InputError as unknown:
         fail(page, (key,), str(unknown))
-    return load(name, "merging")
 
 
 def parse_options(

@@ -31,7 +31,11 @@ _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp_decod
 
 def is_matrix(name: str, shape: Sequence[int], exclude: Sequence[str]) -> bool:
     """Whether a spectral method sees matrices in this tensor; `exclude` are shell patterns on its name."""
-    return len(shape) >= 2 and 0 not in shape and not any(fnmatchcase(name, pattern) for pattern in exclude)
+    if (
+        len(shape) < 2 or 0 in shape or name.endswith("bias")
+    ):  # biases of stacked experts are rows of a matrix
+        return False
+    return not any(fnmatchcase(name, pattern) for pattern in exclude)
 
 
 def stack_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from weightsmith.checkpoints import layer_index
 from weightsmith.errors import InputError
 from weightsmith.merging.options import build
 from weightsmith.merging.parameter import TILE_ELEMENTS, Parameter
-from weightsmith.registry import card, load
+from weightsmith.registry import load
 
 
 def merge_tensors(
@@ -77,7 +77,6 @@ def merge_state_dicts(
     Returns:
         Name -> merged array or tensor. Integer entries must be equal and are copied.
     """
-    card(method, "merging")
     cls = load(method, "merging")
     if cls.base == "required" and base is None:
         raise InputError(f"`{method}` changes a base: give the model the others were tuned from")

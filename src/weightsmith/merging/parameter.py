@@ -9,6 +9,7 @@ plain values: every `PerModel` field is then a tuple with one number a model. A 
     survey(parameter)            optional pass over one parameter; its result goes to `merge_tile` as `stats`
     survey_all(parameters, ...)  the same over all parameters at once, where `global_survey` is true
     merge_tile(tile, stats)      the merged fp32 elements of one tile
+    survey_bytes(parameters, threads)   optional: memory surveys take beyond tiles, for predictions
     takes(parameter)             spectral methods: true for the matrices that take the whole-matrix route
     merge_whole(...)             spectral methods: the merged matrix and a dict for the report
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,6 @@ from weightsmith.tensors.floats import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from weightsmith.runs.prediction import Prediction
-
-log = logging.getLogger(__name__)
 
 _CONFIG_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
@@ -79,7 +76,7 @@ class MergePlan:
         config: What was asked for.
         outputs: The tensors to be written, in the order of their names.
         side_files: What the output carries beside weights.
-        warnings: What the user should know.
+        warnings: What the user should know, once each; showing it is the caller's.
         out: The folder to make, where it is known already.
         threads: Worker threads; None for one per core.
         device: Where spectral methods compute.
@@ -292,13 +289,10 @@ def open_plan(
     """
     sources = open_sources(config)
     try:
-        plan = MergePlan(config, sources, out, overwrite=overwrite, threads=threads, device=device)
+        return MergePlan(config, sources, out, overwrite=overwrite, threads=threads, device=device)
     except BaseException:
         sources.close()
         raise
-    for warning in plan.warnings:
-        log.warning("%s", warning)
-    return plan
 
 
 def _facts(ancestor: Ancestor) -> tuple[Any, ...]:

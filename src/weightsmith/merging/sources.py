@@ -10,7 +10,7 @@ from weightsmith.checkpoints import Checkpoint, TensorInfo, layer_index
 from weightsmith.errors import CheckpointError
 from weightsmith.merging import compatibility
 from weightsmith.merging.config import Input, Keys, MergeConfig, OutputSlice
-from weightsmith.merging.settings import Setting
+from weightsmith.merging.settings import EachModel, Setting
 from weightsmith.merging.stacking import Stack, is_first
 from weightsmith.registry import load
 
@@ -160,8 +160,8 @@ class Sources:
             inputs = [(0, first), *((place, source) for place, source in inputs if source is not first)]
         self._check_count(len(inputs), part)
         # Lists of one value a model count the models without the base, unless they are as long as the page's.
-        values = [setting for setting in self.config.options.values() if hasattr(setting, "values")]
-        whole = any(len(setting.values) == len(part.inputs) != len(inputs) for setting in values)
+        lists = [len(value.values) for value in self.config.options.values() if isinstance(value, EachModel)]
+        whole = any(length == len(part.inputs) != len(inputs) for length in lists)
         return _Roles(
             base,
             tuple((self.opened(s.model), s.layers[0] if s.layers else 0) for _, s in inputs),

@@ -13,7 +13,7 @@ from weightsmith.tensors.selection import Cut, Selection, keep_mask, magnitude_b
 # More of them narrow the bracket (fewer elements to collect) but cost reading and a partition; here both
 # are small.
 _SAMPLE_ONE_IN = 64
-_SAMPLE_OF_TENSOR = 1 << 16
+_SAMPLE_OF_TENSOR = 1 << 18
 _SAMPLE_OF_MODEL = 1 << 20
 _SMALL = 1 << 12
 
@@ -23,10 +23,7 @@ Cuts = tuple[Cut, ...]
 def tensor_cuts(parameter: Parameter, densities: Sequence[float]) -> Cuts:
     """For each model, the cut that keeps int(density * numel) entries of this tensor's change."""
     numel = parameter.numel
-    sample = _sampled_bits(parameter, min(max(numel // _SAMPLE_ONE_IN, _SMALL), _SAMPLE_OF_TENSOR))
-    selections = [
-        Selection(int(density * numel), numel, bits) for density, bits in zip(densities, sample, strict=True)
-    ]
+    selections = _of_tensor(parameter, densities)
     while any(selection.cuts is None for selection in selections):
         scans = [selection.scan(numel) for selection in selections]
         _scan(parameter, selections, scans)
@@ -43,14 +40,7 @@ def model_cuts(
 
     Among equals the lower position wins: tensors in the order of `parameters`, then elements.
     """
-    numel = sum(parameter.numel for parameter in parameters)
-    one_in = max(_SAMPLE_ONE_IN, -(-numel // _SAMPLE_OF_MODEL)) if numel > _SMALL else 1
-    samples = parallel(lambda parameter: _sampled_bits(parameter, parameter.numel // one_in), parameters)
-    selections = [
-        Selection(int(density * numel), numel, np.concatenate([sample[index] for sample in samples]))
-        for index, density in enumerate(densities)
-    ]
-    del samples
+    selections = _of_model(parameters, densities, parallel)
     while any(selection.cuts is None for selection in selections):
 
         def scan(parameter: Parameter) -> list:
@@ -66,6 +56,18 @@ def model_cuts(
     return {parameter.name: row for parameter, row in zip(parameters, zip(*cuts, strict=True), strict=True)}
 
 
+def collected_bytes(
+    parameters: Sequence[Parameter], densities: Sequence[float], threads: int, *, by_tensor: bool
+) -> int:
+    """Memory that the passes behind `tensor_cuts` or `model_cuts` will take beyond tiles, from samples."""
+    if by_tensor:
+        largest = sorted(parameters, key=lambda parameter: parameter.numel)[-threads:]
+        selections = [one for parameter in largest for one in _of_tensor(parameter, densities)]
+    else:
+        selections = _of_model(parameters, densities, lambda work, some: [work(one) for one in some])
+    return round(sum(4 * selection.expected for selection in selections))
+
+
 def trimmed_deltas(tile: Tile, cuts: Cuts | None) -> list[np.ndarray]:
     """The models' changes with dropped entries at 0, in place; all entries where `cuts` is None."""
     deltas = tile.deltas()
@@ -78,6 +80,27 @@ def trimmed_deltas(tile: Tile, cuts: Cuts | None) -> list[np.ndarray]:
         words = delta.view(np.int32)
         np.bitwise_and(words, mask, out=words)
     return deltas
+
+
+def _of_tensor(parameter: Parameter, densities: Sequence[float]) -> list[Selection]:
+    numel = parameter.numel
+    wanted = min(max(numel // _SAMPLE_ONE_IN, _SMALL), _SAMPLE_OF_TENSOR)
+    return [
+        Selection(int(density * numel), numel, bits)
+        for density, bits in zip(densities, _sampled_bits(parameter, wanted), strict=True)
+    ]
+
+
+def _of_model(
+    parameters: Sequence[Parameter], densities: Sequence[float], parallel: ParallelMap
+) -> list[Selection]:
+    numel = sum(parameter.numel for parameter in parameters)
+    one_in = max(_SAMPLE_ONE_IN, -(-numel // _SAMPLE_OF_MODEL)) if numel > _SMALL else 1
+    samples = parallel(lambda parameter: _sampled_bits(parameter, parameter.numel // one_in), parameters)
+    return [
+        Selection(int(density * numel), numel, np.concatenate([sample[index] for sample in samples]))
+        for index, density in enumerate(densities)
+    ]
 
 
 def _sampled_bits(parameter: Parameter, numel: int) -> list[np.ndarray]:

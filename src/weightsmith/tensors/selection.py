@@ -26,8 +26,11 @@ _COARSE_BITS = 16
 # Half width of the sampled bracket in standard deviations of a quantile of independent draws. The sample
 # comes in runs of neighbours, which are alike, so this is wider than independence would ask for.
 _MARGIN = 6.0
-# Up to this many distinct values in the bracket are counted one by one; bfloat16 changes have so few.
+# Up to this many distinct values in the bracket are counted one by one; so is a value that has this share of
+# the bracket. Changes of bfloat16 weights come in few values: that saves collecting them.
 _PROBES = 3
+_LIKELY = 0.25
+_ENOUGH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +153,16 @@ class Selection:
         count: How many to keep, 0 .. numel.
         numel: Elements of the stream.
         sample: Magnitude bits of some of its elements, int32; all of them, or a few thousand spread evenly.
+
+    Attributes:
+        cuts: The cut of each part, once known.
+        expected: How many elements the first pass should collect.
     """
 
     def __init__(self, count: int, numel: int, sample: np.ndarray) -> None:
         self.count, self.numel = count, numel
         self.cuts: list[Cut] | None = None
+        self.expected = 0.0
         self._probes: tuple[int, ...] = (0,)
         self._low, self._high = 0, MAGNITUDE_BITS
         if 0 < count < numel:
@@ -188,16 +196,24 @@ class Selection:
         margin = 0.0 if size == self.numel else _MARGIN * (fraction * (1 - fraction) * size) ** 0.5 + 4
         first, last = size - int(rank + margin), size - int(rank - margin)
         ends = sorted({max(first, 0), min(last, size - 1)})
-        ordered = np.partition(sample, ends)[ends[0] : ends[-1] + 1]
-        distinct = np.unique(ordered)
-        if distinct.size <= _PROBES and (size == self.numel or ordered.size >= 64):
-            self._probes = tuple(map(int, distinct))
-            return
-        self._low = 0 if first < 0 else int(distinct[0])
-        self._high = MAGNITUDE_BITS if last >= size else int(distinct[-1])
+        bracket = np.sort(np.partition(sample, ends)[ends[0] : ends[-1] + 1])
+        self._low = 0 if first < 0 else int(bracket[0])
+        self._high = MAGNITUDE_BITS if last >= size else int(bracket[-1])
+        self._probes = self._candidates(bracket, size - int(rank) - ends[0], complete=size == self.numel)
+        if not self._probes:
+            self.expected = min(bracket.size / size * self.numel, COLLECTED_ELEMENTS)
+
+    def _candidates(self, bracket: np.ndarray, expected: int, *, complete: bool) -> tuple[int, ...]:
+        """Values to count: all of a bracket that has few, or the expected one where it has many elements."""
+        distinct, counts = np.unique(bracket, return_counts=True)
+        if complete or (distinct.size <= _PROBES and bracket.size >= _ENOUGH):
+            return tuple(map(int, distinct))
+        value = bracket[min(max(expected, 0), bracket.size - 1)]
+        share = int(counts[np.searchsorted(distinct, value)]) / bracket.size
+        return (int(value),) if share >= _LIKELY and bracket.size >= _ENOUGH else ()
 
     def _narrow_by_probes(self, scans: Sequence[Scan]) -> None:
-        low, high = 0, MAGNITUDE_BITS
+        low, high = self._low, self._high
         for index in reversed(range(len(self._probes))):
             probe = self._probes[index]
             rank = self.count - sum(scan.above[index] for scan in scans)
@@ -209,7 +225,12 @@ class Selection:
                 low = probe + 1
                 break
             high = probe - 1
-        self._probes, self._low, self._high = (), low, high
+        # The probe was the bracket's end: beyond it nothing is known.
+        if low > self._high:
+            high = MAGNITUDE_BITS
+        if high < self._low:
+            low = 0
+        self._probes, self._low, self._high = (low,) if low == high else (), low, high
 
     def _narrow(self, scans: Sequence[Scan]) -> None:
         above = sum(scan.above[0] for scan in scans)
@@ -257,12 +278,13 @@ def largest(tiles: Iterable[np.ndarray], count: int, sample: np.ndarray | None =
 
 def _ranked(parts: Sequence[np.ndarray], rank: int) -> tuple[int, int]:
     """The value of this rank (1 is the largest) among all parts, and its rank among its equals."""
-    values = np.concatenate(parts)
-    shift = max(0, int(values.max()).bit_length() - _COARSE_BITS)
-    # Counting in bins first is five times as fast as partitioning everything.
-    coarse = values >> shift
-    bin, above = _bin_of(np.bincount(coarse), rank)
-    values = values[np.flatnonzero(coarse == bin)]
+    shift = max(0, max(int(part.max()) for part in parts).bit_length() - _COARSE_BITS)
+    # Counting in bins first is five times as fast as partitioning everything, and takes no copy of it.
+    counts = np.zeros(1 << _COARSE_BITS, np.int64)
+    for part in parts:
+        counts += np.bincount(part >> shift, minlength=counts.size)
+    bin, above = _bin_of(counts, rank)
+    values = np.concatenate([part[np.flatnonzero(part >> shift == bin)] for part in parts])
     rank -= above
     values.partition(values.size - rank)
     found = int(values[values.size - rank])

@@ -1,4 +1,4 @@
-"""Parts that work inside a training loop: clipping, weight decay, sharpness, averaging.
+"""Parts that work inside a training loop, and the loop behind the stages `train` and `finetune`.
 
 Names load on first use: importing the room costs nothing, importing a part costs torch.
 """
@@ -6,7 +6,13 @@ Names load on first use: importing the room costs nothing, importing a part cost
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weightsmith.training.config import FinetuneConfig, TrainConfig
+    from weightsmith.training.loop import TrainResult, finetune, train
+    from weightsmith.training.planning import TrainPlan, plan
+    from weightsmith.training.sources import DataSource
 
 # One line a name, sorted: name -> module below this one.
 _HOMES = {
@@ -20,6 +26,8 @@ _HOMES = {
     "AlphaDecayOptions": "alphadecay.options",
     "AveragingCallback": "averaging.callback",
     "AveragingOptions": "averaging.options",
+    "DataSource": "sources",
+    "FinetuneConfig": "config",
     "FolderBank": "averaging.folders",
     "LightSAM": "lightsam.optimizer",
     "LightSAMOptions": "lightsam.options",
@@ -29,12 +37,51 @@ _HOMES = {
     "SAMOptions": "lightsam.options",
     "SAMTrainer": "lightsam.trainer",
     "SAMTrainerMixin": "lightsam.trainer",
+    "SeWAOptions": "averaging.options",
+    "TrainConfig": "config",
+    "TrainPlan": "planning",
+    "TrainResult": "loop",
     "average_run": "averaging.run",
+    "finetune": "loop",
+    "plan": "planning",
     "sewa_select": "averaging.sewa",
     "spike_score": "adagc.spikes",
+    "train": "loop",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = [
+    "ASAM",
+    "SAM",
+    "AdaGC",
+    "AdaGCAdamW",
+    "AdaGCCallback",
+    "AdaGCOptions",
+    "AlphaDecay",
+    "AlphaDecayCallback",
+    "AlphaDecayOptions",
+    "AveragingCallback",
+    "AveragingOptions",
+    "DataSource",
+    "FinetuneConfig",
+    "FolderBank",
+    "LightSAM",
+    "LightSAMOptions",
+    "MemoryBank",
+    "RunningAverage",
+    "SAMOptions",
+    "SAMTrainer",
+    "SAMTrainerMixin",
+    "SeWAOptions",
+    "TrainConfig",
+    "TrainPlan",
+    "TrainResult",
+    "average_run",
+    "finetune",
+    "plan",
+    "sewa_select",
+    "spike_score",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

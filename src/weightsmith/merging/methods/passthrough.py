@@ -47,4 +47,7 @@ class Passthrough:
 
     def merge_tile(self, tile: Tile, stats: None) -> np.ndarray:
         """The scaled tensor, fp32 (n,)."""
-        return scaled(tile.models[0], 1.0 if self.scale is None else self.scale[0])
+        if self.scale is None:
+            return tile.models[0]
+        assert isinstance(self.scale, tuple)
+        return scaled(tile.models[0], self.scale[0])

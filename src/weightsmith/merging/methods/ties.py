@@ -26,7 +26,7 @@ from weightsmith.merging.election import elect, vote_balance
 from weightsmith.merging.options import check_range
 from weightsmith.merging.parameter import ParallelMap, Parameter, PerModel, Tile
 from weightsmith.merging.sums import piece_absolutes, total
-from weightsmith.merging.trimming import Cuts, model_cuts, tensor_cuts, trimmed_deltas
+from weightsmith.merging.trimming import Cuts, collected_bytes, model_cuts, tensor_cuts, trimmed_deltas
 from weightsmith.tensors.blend import scaled
 
 
@@ -107,6 +107,12 @@ class Ties:
         balance = sum(parallel(lambda parameter: self._balance(parameter, pairs[parameter.name]), parameters))
         return {name: TiesStats(stats.cuts, stats.factors, balance < 0) for name, stats in pairs.items()}
 
+    def survey_bytes(self, parameters: Sequence[Parameter], threads: int) -> int:
+        """Memory that surveys of these tensors take beyond their tiles."""
+        if not self._trims:
+            return 0
+        return collected_bytes(parameters, self._densities, threads, by_tensor=self.trim_scope == "tensor")
+
     def merge_tile(self, tile: Tile, stats: TiesStats) -> np.ndarray:
         """Base plus the elected change, fp32 (n,)."""
         assert tile.base is not None
@@ -145,7 +151,7 @@ class Ties:
             tile = parameter.tile(tile.start, tile.start + tile.numel)
             for index, delta in enumerate(trimmed_deltas(tile, cuts)):
                 after[index].append(piece_absolutes(delta, parameter, tile.scratch))
-        return TiesStats(cuts, l1_factors(map(total, before), map(total, after)))
+        return TiesStats(cuts, l1_factors([total(x) for x in before], [total(x) for x in after]))
 
 
 def l1_factors(before: Sequence[float], after: Sequence[float]) -> tuple[float, ...]:

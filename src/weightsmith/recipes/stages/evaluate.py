@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from weightsmith.recipes.stages import scoring
 from weightsmith.recipes.stages.contract import Done, Forecast, Problem, Reference, Workspace, plain
+from weightsmith.recipes.stages.costs import predict_scoring
 from weightsmith.recipes.stages.scoring import PageTasks
 from weightsmith.runs.atomic import append_line, read_lines, write_json
 from weightsmith.runs.prediction import Prediction
@@ -84,8 +85,7 @@ class Evaluate:
         """See `contract.Stage`."""
         names = scoring.names(self.tasks)
         costs = [
-            scoring.predict_scoring(models[name], self.tasks, self.characters, self.items)
-            for name in self.models
+            predict_scoring(models[name], self.tasks, self.characters, self.items) for name in self.models
         ]
         prediction = Prediction(
             memory_bytes=max(cost.memory_bytes for cost in costs),

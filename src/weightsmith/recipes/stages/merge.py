@@ -22,8 +22,10 @@ from weightsmith.merging.options import page_key, schema
 from weightsmith.recipes.fingerprint import digest, foreign_source
 from weightsmith.recipes.stages import scoring
 from weightsmith.recipes.stages.contract import Done, Forecast, Keys, Problem, Reference, Workspace, plain
+from weightsmith.recipes.stages.costs import predict_scoring
 from weightsmith.recipes.stages.scoring import PageTasks
 from weightsmith.recipes.stages.search import best, run_search
+from weightsmith.recipes.stages.spectral import predict_spectral
 from weightsmith.recipes.standin import write_standin
 from weightsmith.recipes.validation import show, validate
 from weightsmith.registry import card, cards, load
@@ -32,8 +34,6 @@ from weightsmith.runs.prediction import Prediction
 from weightsmith.runs.progress import Progress
 
 DIAGNOSTICS, SEARCH = "diagnostics.json", "search.json"
-# A Python that has imported what an element-wise merge needs: counted once when the process also holds torch.
-LIGHT_BYTES = 50_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Merge:
     @property
     def needs_torch(self) -> bool:
         """Trials are scored, spectral methods factorise."""
-        return bool(self.extras.search) or bool(getattr(self._method, "spectral", False))
+        return bool(self.extras.search) or self._is_spectral
 
     def references(self) -> Sequence[Reference]:
         """The base, then the models; an adapter `model+adapter` counts as both."""
@@ -132,20 +132,18 @@ class Merge:
             standin = write_standin(
                 workspace.checkpoint, plan.specs, side_files=plan.side_files, lineage=plan.lineage
             )
-            cost = Prediction(plan.predict().memory_bytes, plan.disk_bytes, plan.predict().seconds)
-            warnings = plan.warnings
-        reads: tuple[str, ...] = ()
-        if self.extras.search:
-            trial = scoring.predict_scoring(
-                standin, self.extras.search_tasks, self.extras.search_characters, self.extras.search_items
-            )
-            cost = Prediction(
-                max(trial.memory_bytes, trial.memory_bytes - LIGHT_BYTES + cost.memory_bytes),
-                cost.disk_bytes,
-                len(grid) * (cost.seconds + trial.seconds) + cost.seconds,
-            )
-            reads = scoring.names(self.extras.search_tasks)
-        return Forecast(prediction=cost, model=standin, reads=reads, warnings=warnings)
+            merging = predict_spectral(plan) if self._is_spectral else plan.predict()
+            cost, warnings = replace(merging, disk_bytes=plan.disk_bytes), plan.warnings
+        if not grid:
+            return Forecast(prediction=cost, model=standin, warnings=warnings)
+        tasks = self.extras.search_tasks
+        trial = predict_scoring(standin, tasks, self.extras.search_characters, self.extras.search_items)
+        cost = Prediction(
+            memory_bytes=max(trial.memory_bytes, cost.memory_bytes),
+            disk_bytes=cost.disk_bytes,
+            seconds=len(grid) * (cost.seconds + trial.seconds) + cost.seconds,
+        )
+        return Forecast(prediction=cost, model=standin, reads=scoring.names(tasks), warnings=warnings)
 
     def run(self, models: Mapping[str, Path], workspace: Workspace, progress: Progress) -> Done:
         """Search where that is asked for, merge, and measure what was merged."""
@@ -168,8 +166,8 @@ class Merge:
         return Done(outputs, {**self.identity(), **chosen})
 
     @property
-    def _method(self) -> Any:
-        return load(self.body["method"], "merging")
+    def _is_spectral(self) -> bool:
+        return bool(getattr(load(self.body["method"], "merging"), "spectral", False))
 
     def _grid(self) -> list[dict[str, Any]]:
         """Every combination of the searched options, the first option varying slowest."""

@@ -1,30 +1,16 @@
-"""What stages that score models share: tasks as a page writes them, what they stand for, what they cost."""
+"""What stages that score models share: tasks as a page writes them, and what they stand for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-from weightsmith.checkpoints import Checkpoint
 from weightsmith.errors import InputError
 from weightsmith.evaluation import TaskConfig, check_tasks, task_names
 from weightsmith.recipes.fingerprint import digest, file_digest, foreign_source
 from weightsmith.recipes.stages.contract import Keys, Problem
-from weightsmith.runs.prediction import Prediction
 from weightsmith.runs.progress import Progress
-from weightsmith.runs.speed import matmul_flops
-
-# A process forked from the one that has imported torch and transformers, a model loaded and run once.
-PROCESS_BYTES = 405_000_000
-LOAD_SECONDS = 0.3
-# Tokens that a window shares with the one before, a test-bed question's length, characters of a token of
-# text.
-_OVERLAP, _QUESTION_TOKENS, _TOKEN_CHARACTERS = 2.0, 24, 4
-# Small products, attention and the softmax over the vocabulary reach this part of the speed of large
-# products.
-_EFFICIENCY = 0.35
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,27 +73,6 @@ def tasks_fingerprint(tasks: PageTasks) -> str:
         else:
             parts[task.label] = file_digest(task.task)
     return digest(parts)
-
-
-def predict_scoring(model: Path, tasks: PageTasks, characters: int, items: int) -> Prediction:
-    """Cost of scoring one checkpoint on `tasks`, loading included; arguments as `evaluate`."""
-    from weightsmith.testbed import TASKS
-
-    with Checkpoint.open(model) as checkpoint:
-        parameters = sum(info.numel for info in checkpoint.tensors.values())
-        vocabulary = int((checkpoint.config.get("text_config") or checkpoint.config).get("vocab_size") or 0)
-    per_token = 1 if vocabulary <= 256 else _TOKEN_CHARACTERS
-    tokens = 0.0
-    for task in check_tasks(tasks):
-        if not task.is_bed:
-            size = Path(task.task).stat().st_size if Path(task.task).is_file() else 0
-            tokens += _OVERLAP * size / per_token
-        elif TASKS[task.task] == "domain":
-            tokens += _OVERLAP * characters / per_token
-        else:
-            tokens += items * _QUESTION_TOKENS
-    seconds = 2.0 * parameters * tokens / (matmul_flops() * _EFFICIENCY)
-    return Prediction(PROCESS_BYTES + 4 * parameters, 0, LOAD_SECONDS + seconds)
 
 
 class Within:

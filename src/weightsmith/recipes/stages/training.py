@@ -17,7 +17,8 @@ from weightsmith.training import DataSource
 METRICS = "metrics.jsonl"
 # How often a run becomes durable changes nothing in its result.
 _NO_EFFECT = ("save_every", "keep_checkpoints")
-# A process forked from one that has imported everything holds less than one that imports by itself.
+# Resident set of a process forked from one that has imported torch and transformers, without what grows with
+# the model. Less than that of a process which imports them itself, as `training.plan` assumes.
 FORKED_BYTES = 440_000_000
 
 

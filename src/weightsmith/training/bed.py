@@ -1,0 +1,211 @@
+"""The whole test-bed at one size and seed: a base and its fine-tunes, made once and kept.
+
+    base            mixture "domains": the four domains; "all": domains and skills, stopped while skills have
+    room D_ S_ A_        fine-tunes of `testbed.FINETUNES`; flavour "mild": 3/4 own data and 1/4 replay of the
+                    base's mixture (merging, tailoring), "hard": own data only (routing, where conflict must
+                    exist)
+    joint           control: one fine-tune on all domains for as many steps as the domains' fine-tunes
+    together
+
+Beds live in the user's cache folder, keyed by everything that decides their weights. Models are made under a
+lock, two at a time in processes of one thread each, and appear by one rename; a killed build goes on where it
+was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from weightsmith.errors import InputError, nearest
+from weightsmith.runs.environment import cores, versions
+from weightsmith.runs.locks import FolderLock
+from weightsmith.runs.progress import SILENT, Progress
+from weightsmith.runs.seeds import derive
+from weightsmith.testbed import DOMAINS, FINETUNES, SIZES, SKILLS, fingerprint
+from weightsmith.training.config import FinetuneConfig, TrainConfig
+from weightsmith.training.sources import DataSource
+
+Flavour = Literal["mild", "hard"]
+Mixture = Literal["domains", "all"]
+
+REPLAY: Mapping[Flavour, float] = {"mild": 0.25, "hard": 0.0}
+JOINT = "joint"
+# What decides a checkpoint's weights besides the test-bed's own code.
+_CODE = ("bed.py", "callbacks.py", "data.py", "loop.py", "sources.py", "trainer.py")
+
+
+@dataclass(frozen=True)
+class Bed:
+    """A finished test-bed.
+
+    Attributes:
+        base: Folder of the base model.
+        finetunes: Folder of each fine-tune, by name.
+    """
+
+    base: Path
+    finetunes: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One model to make, in a form that goes to another process."""
+
+    config: TrainConfig
+    model: str
+    out: Path
+    seed: int
+
+
+def bed(
+    size: str,
+    seed: int,
+    flavour: Flavour = "mild",
+    which: Sequence[str] | None = None,
+    *,
+    mixture: Mixture = "domains",
+    cache: str | Path | None = None,
+    progress: Progress = SILENT,
+    **overrides: int,
+) -> Bed:
+    """The test-bed, made as far as it is missing.
+
+    Args:
+        size: One of `testbed.SIZES`.
+        seed: Decides everything random; evidence uses three or more.
+        flavour: "mild" or "hard".
+        which: Names of `testbed.FINETUNES`, and "joint"; all that fit the mixture by default.
+        mixture: What the base is trained on.
+        cache: Folder to keep beds in; `weightsmith/testbed` in the user's cache folder by default.
+        progress: Told about each model.
+        **overrides: `base_steps` or `finetune_steps`, for smoke tests.
+
+    Raises:
+        InputError: unknown size, fine-tune, flavour or mixture.
+        SystemFault: no space, no permission.
+
+    Example:
+        >>> made = bed("xs", 0, which=["D_docs"], cache=tmp_path, base_steps=1, finetune_steps=1)
+        >>> made.finetunes["D_docs"].name
+        'D_docs-mild'
+    """
+    names = _checked(size, flavour, which, mixture)
+    base_config, finetune_config = configs(size, mixture, **overrides)
+    key = _key(base_config, seed)
+    folder = Path(cache) if cache else cache_folder()
+    folder = folder / f"{size}-{mixture}-{seed}-{key}"
+    base = _Job(base_config, f"testbed/{size}", folder / "base", derive(seed, "base"))
+    jobs = {}
+    for name in names:
+        config = finetune_of(name, finetune_config, flavour, base_config)
+        suffix = f"-{finetune_config.steps}" if "finetune_steps" in overrides else ""
+        out = folder / f"{name}-{flavour}{suffix}"
+        jobs[name] = _Job(config, str(base.out), out, derive(seed, name, flavour))
+    missing = [job for job in (base, *jobs.values()) if not job.out.exists()]
+    if missing:
+        progress.start(f"test-bed {size}, seed {seed}", len(missing), "models")
+        _make_all([job for job in missing if job is base], progress)
+        _make_all([job for job in missing if job is not base], progress)
+        progress.done()
+    return Bed(base.out, {name: job.out for name, job in jobs.items()})
+
+
+def configs(
+    size: str, mixture: Mixture, *, base_steps: int | None = None, finetune_steps: int | None = None
+) -> tuple[TrainConfig, FinetuneConfig]:
+    """How the base of a bed is trained, and its fine-tunes apart from their data."""
+    drop = SIZES[size].layer_drop
+    data: tuple[str | DataSource, ...] = DOMAINS
+    steps = {"domains": BASE_STEPS[size], "all": BASE_STEPS_ALL[size]}[mixture]
+    if mixture == "all":
+        total = sum(SKILL_WEIGHTS.values())
+        shares = {name: (1 - SKILL_SHARE) / len(DOMAINS) for name in DOMAINS}
+        shares |= {name: SKILL_SHARE * SKILL_WEIGHTS[name] / total for name in SKILLS}
+        data = tuple(DataSource(source=name, weight=share) for name, share in shares.items())
+    base = TrainConfig(data=data, steps=base_steps or steps, layer_drop=drop)
+    return base, FinetuneConfig(data=data, steps=finetune_steps or FINETUNE_STEPS, layer_drop=drop)
+
+
+def finetune_of(name: str, config: FinetuneConfig, flavour: Flavour, base: TrainConfig) -> FinetuneConfig:
+    """The config of one fine-tune of a bed whose base was trained by `base`."""
+    if name == JOINT:
+        return dataclasses.replace(config, data=DOMAINS, steps=config.steps * len(DOMAINS))
+    own = FINETUNES[name]
+    return dataclasses.replace(config, data=own, replay=REPLAY[flavour], replay_data=base.data)
+
+
+def cache_folder() -> Path:
+    """Where beds are kept: `$XDG_CACHE_HOME/weightsmith/testbed`, or the same under `~/.cache`."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "weightsmith" / "testbed"
+
+
+def _checked(size: str, flavour: str, which: Sequence[str] | None, mixture: str) -> tuple[str, ...]:
+    fitting = (*(name for name in FINETUNES if name.startswith("D_") or mixture == "all"), JOINT)
+    for word, value, choices in (
+        ("size", size, tuple(SIZES)),
+        ("flavour", flavour, tuple(REPLAY)),
+        ("mixture", mixture, ("domains", "all")),
+        *(("fine-tune", name, fitting) for name in which or ()),
+    ):
+        if value not in choices:
+            raise InputError(
+                f"test-bed: no {word} `{value}`{nearest(value, choices)}; known: {', '.join(choices)}"
+            )
+    return fitting if which is None else tuple(which)
+
+
+def _key(base: TrainConfig, seed: int) -> str:
+    digest = hashlib.blake2b(digest_size=6)
+    for file in _CODE:
+        digest.update((Path(__file__).parent / file).read_bytes())
+    facts = [fingerprint(), dataclasses.asdict(base), seed, versions(("torch", "transformers", "numpy"))]
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _make_all(jobs: list[_Job], progress: Progress) -> None:
+    if not jobs:
+        return
+    with ProcessPoolExecutor(min(2, cores(), len(jobs)), mp_context=_context()) as pool:
+        for done in as_completed([pool.submit(_make, job) for job in jobs]):
+            done.result()
+            progress.advance(1)
+
+
+@functools.cache
+def _context() -> multiprocessing.context.BaseContext:
+    """A server that imports torch once and forks every worker from itself."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["weightsmith.training.trainer"])
+    return context
+
+
+def _make(job: _Job) -> None:
+    from weightsmith.training.loop import finetune, train
+
+    with FolderLock(job.out.parent, name=f".locks/{job.out.name}"):
+        if job.out.exists():  # another process made it while we waited
+            return
+        workdir = job.out.parent / ".work" / job.out.name
+        if isinstance(job.config, FinetuneConfig):
+            finetune(job.config, job.model, job.out, workdir=workdir, seed=job.seed)
+        else:
+            train(job.config, job.model, job.out, workdir=workdir, seed=job.seed)
+
+
+BASE_STEPS: Mapping[str, int] = {"xs": 500, "s": 800, "m": 2000}
+BASE_STEPS_ALL: Mapping[str, int] = {"xs": 1000, "s": 1500, "m": 2000}
+FINETUNE_STEPS = 150
+SKILL_SHARE = 0.6
+SKILL_WEIGHTS: Mapping[str, float] = dict.fromkeys(SKILLS, 1.0)

@@ -1,0 +1,114 @@
+"""The keys of the recipe stages `train` and `finetune`."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+from weightsmith.errors import InputError
+from weightsmith.training.sources import DataSource
+
+Data = str | DataSource | tuple[str | DataSource, ...] | list[str | DataSource]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained from random weights."""
+
+    data: Data
+    """What to train on: one source or a list of them, mixed evenly unless they carry a `weight`."""
+    steps: int = 500
+    """Optimiser steps."""
+    batch_size: int = 24
+    """Windows per forward pass."""
+    gradient_accumulation: int = 1
+    """Forward passes per optimiser step."""
+    sequence_length: int | None = None
+    """Tokens per window; by default a quarter of the positions the model was made for, at most 1,024."""
+    learning_rate: float | None = None
+    """Peak learning rate; by default inverse to the model's width: 0.192 / width from random weights, half of
+    it for a fine-tune (4.7e-5 at a width of 2,048)."""
+    warmup_steps: int = 20
+    """Steps over which the learning rate rises from 0."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up; cosine and linear end at 0."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices; norms and biases have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger norm are scaled down to it; 0 leaves them alone."""
+    layer_drop: float = 0.0
+    """Chance that an inner layer is skipped in a step, which makes depth prunable later."""
+    replay: float = 0.0
+    """Fraction of the windows taken from `replay_data`, so that a fine-tune forgets less."""
+    replay_data: Data | None = None
+    """What to replay; by default what the starting model was trained on."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward and backward pass; weights and optimiser state stay float32."""
+    device: str = "auto"
+    """`auto` (CUDA where there is one) or `cpu`."""
+    threads: int | None = None
+    """Intra-op threads; by default one for models under ten million parameters, else all cores."""
+    save_every: int = 100
+    """Steps between durable checkpoints, from which a killed run continues; 0 keeps none."""
+    keep_checkpoints: int = 1
+    """Durable checkpoints kept while the run goes on."""
+    log_every: int = 10
+    """Steps between lines of `metrics.jsonl`."""
+
+    def check(self) -> None:
+        """Check values and data without reading any.
+
+        Raises:
+            InputError: a value out of range, a missing file or an unknown name; begins with the key.
+        """
+        from weightsmith.training.data import sources
+
+        for key in ("steps", "batch_size", "gradient_accumulation", "log_every", "keep_checkpoints"):
+            _expect(key, getattr(self, key), getattr(self, key) >= 1, "at least 1")
+        for key in ("warmup_steps", "save_every", "weight_decay", "max_grad_norm"):
+            _expect(key, getattr(self, key), getattr(self, key) >= 0, "at least 0")
+        for key in ("sequence_length", "threads"):
+            value = getattr(self, key)
+            _expect(
+                key, value, value is None or value >= (2 if key == "sequence_length" else 1), "at least 2"
+            )
+        rate = self.learning_rate
+        _expect("learning_rate", rate, rate is None or rate > 0, "above 0")
+        _expect("betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in 0..1")
+        _expect("layer_drop", self.layer_drop, 0 <= self.layer_drop < 1, "in 0..1, below 1")
+        _expect("replay", self.replay, 0 <= self.replay < 1, "in 0..1, below 1")
+        sources(self.data)
+        if self.replay_data is not None:
+            sources(self.replay_data)
+
+    def data_fingerprint(self) -> str:
+        """Stands for the content of all data; changes when a file or the test-bed's code changes.
+
+        Raises:
+            InputError: as `check`.
+        """
+        from weightsmith.training.data import sources
+
+        digest = hashlib.blake2b(digest_size=16)
+        replayed = self.replay_data if self.replay and self.replay_data is not None else ()
+        for entry in (*sources(self.data), *(sources(replayed) if replayed else ())):
+            digest.update(f"{entry!r}={entry.fingerprint()}\n".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """How a trained model is trained further."""
+
+    steps: int = 150
+    """Optimiser steps."""
+    warmup_steps: int = 10
+    """Steps over which the learning rate rises from 0."""
+
+
+def _expect(key: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise InputError(f"{key}: expected {expected}, got {value!r}")

@@ -1,0 +1,293 @@
+"""What a run will read, do and write, known before it starts and without torch (except for rare
+architectures).
+
+The plan fixes everything the page left open (learning rate, window length, data to replay), and every name,
+dtype and shape of the checkpoint that will come out, so a dry run can tell its exact size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weightsmith.checkpoints import Ancestor, Checkpoint, Lineage, TensorSpec, plan_layout
+from weightsmith.checkpoints.folder import read_object, resolve, side_files
+from weightsmith.errors import CheckpointError, InputError, require
+from weightsmith.evaluation.models import default_threads, window_length
+from weightsmith.runs.environment import versions
+from weightsmith.runs.prediction import Prediction
+from weightsmith.tensors.floats import parse_dtype
+from weightsmith.testbed import model_files, parameter_shapes
+from weightsmith.training.config import FinetuneConfig, TrainConfig
+from weightsmith.training.data import sources
+from weightsmith.training.sources import DataSource
+
+TESTBED = "testbed/"
+# Keys that say how a run is carried out, not what it computes.
+_NO_EFFECT = ("device", "threads", "save_every", "keep_checkpoints", "log_every")
+
+PROCESS_BYTES = 560_000_000  # a Python that has imported torch and transformers.Trainer
+GPU_FLOPS = 5e13  # assumed of any GPU: a forecast to the order of magnitude
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """A run with nothing left open.
+
+    Attributes:
+        config: The config with every default that depends on the model filled in.
+        seed: The run's seed.
+        from_weights: Whether it starts from the model's weights or from random ones.
+        model: Folder it starts from; None for a model of the test-bed, whose files are in `side_files`.
+        model_config: Content of its `config.json`.
+        specs: Every tensor of the checkpoint to come.
+        side_files: Every other file of it, by name.
+        lineage: Its `weightsmith.json`.
+        prediction: Memory, disk and time.
+    """
+
+    config: TrainConfig
+    seed: int
+    from_weights: bool
+    model: Path | None
+    model_config: Mapping[str, Any]
+    specs: tuple[TensorSpec, ...]
+    side_files: Mapping[str, Path | bytes]
+    lineage: Lineage
+    prediction: Prediction
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all tensors."""
+        return sum(spec.numel for spec in self.specs)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides the result: checkpoints of another run are never continued."""
+        shapes = [(spec.name, spec.dtype, spec.shape) for spec in self.specs]
+        text = json.dumps([self.lineage.to_json(), dict(self.model_config), shapes], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def plan(config: TrainConfig, model: str | Path, *, seed: int) -> TrainPlan:
+    """Plan a run.
+
+    Args:
+        config: A `FinetuneConfig` starts from the model's weights, a plain `TrainConfig` from random ones.
+        model: `testbed/<size>`, a folder with `config.json` (and weights, for a fine-tune), or a hub id.
+        seed: The run's seed.
+
+    Raises:
+        InputError: a value out of range, unknown data, or nothing known to replay.
+        CheckpointError: the model can't be read, or can't be trained as it is.
+    """
+    config.check()
+    from_weights = isinstance(config, FinetuneConfig)
+    ancestors: tuple[Ancestor, ...] = ()
+    parent: Lineage | None = None
+    folder: Path | None = None
+    if from_weights:
+        with Checkpoint.open(model) as checkpoint:
+            _refuse_what_cannot_be_trained(checkpoint)
+            folder = checkpoint.path
+            model_config: Mapping[str, Any] = checkpoint.config
+            specs = tuple(
+                TensorSpec(info.name, info.dtype, info.shape) for info in checkpoint.tensors.values()
+            )
+            files: dict[str, Path | bytes] = dict(checkpoint.side_file_map())
+            ancestors, parent = (Ancestor.of(checkpoint, "base"),), checkpoint.lineage
+    elif str(model).startswith(TESTBED) and not Path(model).exists():
+        texts = model_files(str(model)[len(TESTBED) :])
+        files = {name: text.encode() for name, text in texts.items()}
+        model_config = json.loads(texts["config.json"])
+        specs = _initial_specs(model_config, None)
+    else:
+        folder, name = resolve(model)
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{name}: no config.json to make a model from")
+        model_config = read_object(folder / "config.json")
+        files = dict(side_files(folder))
+        specs = _initial_specs(model_config, folder)
+    resolved = _resolved(config, model_config, sum(spec.numel for spec in specs), parent, str(model))
+    lineage = Lineage(
+        method="finetune" if from_weights else "train",
+        parameters=_parameters(resolved, model_config),
+        seed=seed,
+        inputs=ancestors,
+        versions=versions(),
+    )
+    return TrainPlan(
+        config=resolved,
+        seed=seed,
+        from_weights=from_weights,
+        model=folder,
+        model_config=model_config,
+        specs=specs,
+        side_files=files,
+        lineage=lineage,
+        prediction=_predict(resolved, model_config, specs, files, lineage),
+    )
+
+
+def _refuse_what_cannot_be_trained(checkpoint: Checkpoint) -> None:
+    if checkpoint.quantized:
+        raise CheckpointError(f"{checkpoint.name}: can't be trained: {checkpoint.quantized}")
+    if (checkpoint.path / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{checkpoint.name}: an adapter; merge it into its base first (`weightsmith merge` with method "
+            "linear)"
+        )
+
+
+def _resolved(
+    config: TrainConfig,
+    model_config: Mapping[str, Any],
+    num_parameters: int,
+    parent: Lineage | None,
+    model: str,
+) -> TrainConfig:
+    text = model_config.get("text_config") or model_config
+    width = text.get("hidden_size") or text.get("n_embd") or text.get("d_model")
+    rate = config.learning_rate
+    if rate is None:
+        if not width:
+            raise InputError(
+                f"learning_rate: {model} doesn't tell its width (hidden_size), so it must be given"
+            )
+        rate = (0.096 if isinstance(config, FinetuneConfig) else 0.192) / width
+    replayed = config.replay_data
+    if config.replay and replayed is None:
+        replayed = _trained_on(parent, model)
+    return dataclasses.replace(
+        config,
+        learning_rate=rate,
+        sequence_length=config.sequence_length or window_length(model_config),
+        threads=config.threads or default_threads(num_parameters),
+        replay_data=replayed if config.replay else None,
+    )
+
+
+def _trained_on(parent: Lineage | None, model: str) -> tuple[DataSource, ...]:
+    """The data that a checkpoint of ours was trained on, from its lineage."""
+    entries = parent.parameters.get("data") if parent else None
+    if not entries:
+        raise InputError(
+            f"replay: {model} doesn't say what it was trained on (no weightsmith.json of a training); set "
+            "replay_data"
+        )
+    return sources(
+        tuple(
+            DataSource(**{key: value for key, value in entry.items() if key != "fingerprint"})
+            for entry in entries
+        )
+    )
+
+
+def _parameters(config: TrainConfig, model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the lineage says: every key that decides the result."""
+    values = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(TrainConfig)  # a stage of a recipe adds keys of its own
+        if field.name not in (*_NO_EFFECT, "data", "replay_data")
+    }
+    values["betas"] = list(config.betas)
+    values["data"] = [_described(entry) for entry in sources(config.data)]
+    replayed = sources(config.replay_data) if config.replay_data is not None else ()
+    values["replay_data"] = [_described(entry) for entry in replayed]
+    values["architecture"] = model_config.get("model_type")
+    return values
+
+
+def _described(entry: DataSource) -> dict[str, Any]:
+    """A source as JSON: what differs from the defaults, no absolute path, and the fingerprint of its
+    content.
+    """
+    values = {
+        field.name: getattr(entry, field.name)
+        for field in dataclasses.fields(entry)
+        if getattr(entry, field.name) != field.default
+    }
+    if Path(entry.source).is_absolute():
+        values["source"] = Path(entry.source).name
+    return {**values, "fingerprint": entry.fingerprint()}
+
+
+def _initial_specs(config: Mapping[str, Any], folder: Path | None) -> tuple[TensorSpec, ...]:
+    """Tensors of a model made from its config, in the dtype that the config names (float32 where it names
+    none).
+    """
+    dtype = parse_dtype(config.get("dtype") or config.get("torch_dtype") or "float32")
+    if config.get("model_type") == "llama":
+        shapes: Mapping[str, tuple[int, ...]] = parameter_shapes(config)
+    else:
+        shapes = _shapes_of_any_model(folder)
+    return tuple(TensorSpec(name, dtype, shape) for name, shape in sorted(shapes.items()))
+
+
+def _shapes_of_any_model(folder: Path | None) -> dict[str, tuple[int, ...]]:
+    """Stored names and shapes of any architecture, from the model itself without memory for its weights."""
+    transformers = require("transformers", extra="hf", needed_by="training from random weights")
+    import torch
+
+    from weightsmith.training.weights import stored_tensors
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+    return {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
+
+
+def _predict(
+    config: TrainConfig,
+    model_config: Mapping[str, Any],
+    specs: tuple[TensorSpec, ...],
+    files: Mapping[str, Path | bytes],
+    lineage: Lineage,
+) -> Prediction:
+    """Memory from weights, gradients, two moments and activations; time from this machine's matrix
+    products.
+    """
+    text = model_config.get("text_config") or model_config
+    parameters = sum(spec.numel for spec in specs)
+    length = config.sequence_length or 0
+    tokens = config.batch_size * length
+    layers = text.get("num_hidden_layers") or text.get("n_layer") or 12
+    width = text.get("hidden_size") or text.get("n_embd") or 512
+    inner = text.get("intermediate_size") or 4 * width
+    vocabulary = text.get("vocab_size") or 32_000
+    # Float32 values kept for the backward pass, per token: in a layer about 14 of its width and 4 of its
+    # MLP's; logits twice, as they are and as probabilities, and their gradient.
+    activations = 4 * tokens * (layers * (14 * width + 4 * inner) + 3 * vocabulary)
+    flops = (
+        6.0 * config.steps * config.gradient_accumulation * tokens * (parameters + layers * length * width)
+    )
+    rate = GPU_FLOPS if config.device != "cpu" and os.path.exists("/dev/nvidia0") else _cpu_flops()
+    # Products are about half of a step on small models; the rest is memory traffic and calls.
+    seconds = 2.0 * flops / (rate * max(1, config.threads or 1)) + 5.0
+    disk = plan_layout(specs).total_bytes + len(
+        dataclasses.replace(lineage, content="full:" + "0" * 32).to_bytes()
+    )
+    disk += sum(len(item) if isinstance(item, bytes) else item.stat().st_size for item in files.values())
+    return Prediction(PROCESS_BYTES + 16 * parameters + activations, disk, seconds)
+
+
+@functools.cache
+def _cpu_flops() -> float:
+    """Floating point operations per second and core in a float32 matrix product, measured (about 20 ms)."""
+    a, b = np.ones((1024, 256), np.float32), np.ones((256, 256), np.float32)
+    a @ b
+    start, rounds = time.process_time(), 0  # CPU time: the product may use several threads
+    while (elapsed := time.process_time() - start) < 0.02:
+        a @ b
+        rounds += 1
+    return 2 * math.prod((1024, 256, 256)) * rounds / elapsed

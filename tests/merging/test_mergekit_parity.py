@@ -1,0 +1,141 @@
+"""The same pages through mergekit: the same tensors, for every method that is not random.
+
+Runs where mergekit is installed in its own environment (`.venv-peers`, made for the benchmarks): it is LGPL
+and drags a pinned stack along, so it is no dependency of ours.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from weightsmith.checkpoints import CheckpointWriter, Lineage, TensorSpec
+from weightsmith.merging import merge
+
+from .made import read
+
+PEER = Path(__file__).parents[2] / ".venv-peers" / "bin" / "python"
+HIDDEN, INNER, VOCABULARY, LAYERS = 32, 48, 64, 3
+
+RUN_PAGES = """
+import json, sys, yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+for name, page in json.load(open(sys.argv[1])).items():
+    options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
+    run_merge(MergeConfiguration.model_validate(page), f"{sys.argv[2]}/{name}", options)
+"""
+
+
+def llama(seed, near=None):
+    """Every tensor mergekit expects of a Llama."""
+    shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}."
+        shapes |= {f"{at}self_attn.{part}_proj.weight": (HIDDEN, HIDDEN) for part in "qkvo"}
+        shapes |= {f"{at}mlp.{part}_proj.weight": (INNER, HIDDEN) for part in ("gate", "up")}
+        shapes[f"{at}mlp.down_proj.weight"] = (HIDDEN, INNER)
+        shapes |= {f"{at}{part}_layernorm.weight": (HIDDEN,) for part in ("input", "post_attention")}
+    rng = np.random.default_rng(seed)
+    noise = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    # The common part of all changes keeps Model Stock's angles away from its singularity.
+    return noise if near is None else {name: near[name] + 0.05 * noise[name] + 0.1 for name in noise}
+
+
+def save(folder, tensors):
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+    specs = [TensorSpec(name, "F32", values.shape) for name, values in sorted(tensors.items())]
+    with CheckpointWriter(
+        folder, specs, side_files={"config.json": json.dumps(config).encode()}, lineage=Lineage("made")
+    ) as writer:
+        for name, values in tensors.items():
+            writer.write(name, values)
+        writer.commit()
+
+
+def pages(root):
+    def models(*names, **parameters):
+        return [
+            {
+                "model": str(root / name),
+                "parameters": {key: values[place] for key, values in parameters.items()},
+            }
+            for place, name in enumerate(names)
+        ]
+
+    def page(method, entries, base=True, **parameters):
+        made = {"merge_method": method, "models": entries, "parameters": parameters, "dtype": "float32"}
+        return made | ({"base_model": str(root / "base")} if base else {})
+
+    def source(name, first, last):
+        return {"model": str(root / name), "layer_range": [first, last]}
+
+    three = ("m1", "m2", "m3")
+    weights = {"weight": (0.5, 0.3, 0.4)}
+    steps = [{"filter": "mlp", "value": [0.2, 0.9]}, {"value": 0.5}]
+    return {
+        "linear": page("linear", models(*three, **weights), base=False),
+        "linear_sum": page("linear", models(*three, **weights), base=False, normalize=False),
+        "task_arithmetic": page("task_arithmetic", models(*three, **weights), **{"lambda": 0.7}),
+        "task_arithmetic_mean": page("task_arithmetic", models(*three, **weights), normalize=True),
+        "ties": page("ties", models(*three, **weights, density=(0.2, 0.5, 0.33))),
+        "ties_equal": page("ties", models(*three), weight=1.0, density=0.3, **{"lambda": 1.2}),
+        "ties_sum": page("ties", models(*three, **weights), density=0.3, normalize=False, rescale=True),
+        "slerp": page("slerp", models("base", "m1"), t=steps),
+        "model_stock": page("model_stock", models(*three)),
+        "model_stock_rows": page("model_stock", models(*three), filter_wise=True),
+        "passthrough": {
+            "merge_method": "passthrough",
+            "slices": [{"sources": [source("m1", 0, 2)]}, {"sources": [source("m2", 1, 3)]}],
+            "dtype": "float32",
+        },
+        "gradient": page("task_arithmetic", models(*three), weight=[0, 0.5, 1], **{"lambda": 0.5}),
+    }
+
+
+@pytest.fixture(scope="module")
+def merged_by_mergekit(tmp_path_factory):
+    if not PEER.exists():
+        pytest.skip("mergekit is not installed in .venv-peers")
+    root = tmp_path_factory.mktemp("parity")
+    base = llama(0)
+    save(root / "base", base)
+    for index in (1, 2, 3):
+        save(root / f"m{index}", llama(index, base))
+    (root / "pages.json").write_text(json.dumps(pages(root)))
+    done = subprocess.run(
+        [PEER, "-c", RUN_PAGES, root / "pages.json", root / "theirs"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return root
+
+
+@pytest.mark.parametrize("name", pages(Path()))
+def test_a_page_gives_the_tensors_mergekit_gives(name, merged_by_mergekit, tmp_path):
+    merge(pages(merged_by_mergekit)[name], tmp_path / "ours")
+    ours, theirs = read(tmp_path / "ours"), read(merged_by_mergekit / "theirs" / name)
+    assert set(ours) == set(theirs)
+    for tensor, values in ours.items():
+        # Both compute in float32; sums are made in another order.
+        np.testing.assert_allclose(values, theirs[tensor], rtol=2e-5, atol=2e-6, err_msg=tensor)
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    peer = json.loads((merged_by_mergekit / "theirs" / name / "config.json").read_text())
+    assert config["num_hidden_layers"] == peer["num_hidden_layers"]

@@ -1,0 +1,70 @@
+"""A recipe of all stage kinds on a model so small that a run takes seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+RECIPE = """\
+name: tiny
+stages:
+  base:
+    train: &short {model: FOLDER/model, data: FOLDER/a.txt, steps: 6, batch_size: 2, save_every: 2, sequence_length: 32}
+  one: {finetune: {<<: *short, model: base, data: FOLDER/b.txt, replay: 0.25, steps: 4}}
+  two: {finetune: {<<: *short, model: base, steps: 4}}
+  merged:
+    merge:
+      method: task_arithmetic
+      base: base
+      models: [one, two]
+      search: {lambda: [0.2, 0.7]}
+      search_tasks: FOLDER/b.txt
+  mean: {average: {models: [one, two]}}
+  scores: {evaluate: {models: [base, one, merged], tasks: [FOLDER/a.txt, FOLDER/b.txt]}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    """The page's file, beside its data and a model folder without weights."""
+    from weightsmith.testbed import model_files
+
+    files = model_files("xs")
+    config = json.loads(files["config.json"])
+    config.update(hidden_size=16, intermediate_size=32, num_hidden_layers=2, head_dim=8)
+    config.update(num_attention_heads=2, num_key_value_heads=2)
+    files["config.json"] = json.dumps(config, indent=2, sort_keys=True)
+    (tmp_path / "model").mkdir()
+    for name, text in files.items():
+        (tmp_path / "model" / name).write_text(text)
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    (tmp_path / "b.txt").write_text("0123456789 9876543210\n" * 60)
+    page = tmp_path / "tiny.yaml"
+    page.write_text(RECIPE.replace("FOLDER", str(tmp_path)))
+    return page
+
+
+@pytest.fixture
+def results():
+    """Reads every file of a run that has to be the same however the run went: all but times and logs."""
+
+    def read(run: Path) -> dict[str, bytes]:
+        found = {}
+        for file in sorted((run / "stages").rglob("*")):
+            if not file.is_file() or file.name == "log.txt":
+                continue
+            content = file.read_bytes()
+            if file.name == "stage.json":
+                record = json.loads(content)
+                for key in ("seconds", "peak_bytes", "predicted", "digests"):
+                    del record[key]
+                content = json.dumps(record).encode()
+            elif file.name == "metrics.jsonl":
+                lines = [json.loads(line) for line in content.splitlines()]
+                content = json.dumps([{**line, "seconds": 0} for line in lines]).encode()
+            found[file.relative_to(run).as_posix()] = content
+        return found
+
+    return read

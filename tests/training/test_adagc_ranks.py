@@ -1,4 +1,4 @@
-"""AdaGC on two processes: the norms of the whole tensors, the weights of one process, one collective a step."""
+"""AdaGC on two processes: norms of whole tensors, the weights of one process, one collective a step."""
 
 import pytest
 import torch

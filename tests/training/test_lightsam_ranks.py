@@ -1,4 +1,4 @@
-"""Two-pass optimisers on two processes: the weights of one process after twenty steps, and resuming sharded."""
+"""Two-pass optimisers on two processes: the weights of one process after twenty steps, sharded resuming."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_twenty_steps_on_two_ranks_are_twenty_steps_in_one_process(ranks, kind, 
     alone = ranks[0][f"alone {method}"]
     for results in ranks:
         for name, weight in results[f"{kind} {method}"].items():
-            # Halves of a batch sum in another order; Adam's quotients of small gradients magnify that to 1e-4.
+            # Halves of a batch sum in another order; Adam's quotients of small gradients magnify that.
             torch.testing.assert_close(weight, alone[name], rtol=1e-4, atol=1e-4, msg=name)
             assert torch.equal(weight, ranks[0][f"{kind} {method}"][name])
 

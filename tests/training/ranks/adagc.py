@@ -1,4 +1,4 @@
-"""AdaGC in one process, replicated (DDP), sharded (FSDP2, HSDP) and on hand-placed DTensors. See `run_ranks`."""
+"""AdaGC in one process, replicated (DDP), sharded (FSDP2, HSDP) and on DTensors placed by hand."""
 
 import os
 import sys
@@ -63,10 +63,9 @@ def train(model, rank, world, inside):
         loss(model, batch(step, rank, world)).backward()
         count = []
         dist.all_reduce = lambda *a, count=count, **k: (count.append(1), reduce(*a, **k))
-        measured = clip.measure
-        clip.measure = lambda **k: (coefficients.append(out := measured(**k)), out)[1]
+        clip.measure = lambda **k: (coefficients.append(out := AdaGC.measure(clip, **k)), out)[1]
         optimizer.step()
-        clip.measure, dist.all_reduce = measured, reduce
+        dist.all_reduce = reduce
         calls.append(len(count))
     return {
         "weights": {name.removeprefix("module."): full(p) for name, p in model.named_parameters()},
@@ -86,8 +85,14 @@ def placed(rank):
         "rows": [(line, [Shard(0)])] * 4,
         "columns": [(line, [Shard(1)])] * 2 + [(line, [Replicate()]), (line, [Shard(2)])],
         "hsdp": [(grid, [Replicate(), Shard(0)])] * 4,
-        "both": [(grid, [Shard(0), Shard(1)])] * 2 + [(grid, [Replicate(), Shard(0)]), (grid, [Shard(1), Shard(0)])],
-        "two meshes": [(line, [Shard(0)]), (grid, [Shard(0), Shard(1)]), None, (grid, [Replicate(), Replicate()])],
+        "both": [(grid, [Shard(0), Shard(1)])] * 2
+        + [(grid, [Replicate(), Shard(0)]), (grid, [Shard(1), Shard(0)])],
+        "two meshes": [
+            (line, [Shard(0)]),
+            (grid, [Shard(0), Shard(1)]),
+            None,
+            (grid, [Replicate(), Replicate()]),
+        ],
     }
     out = {}
     for name, places in cases.items():
@@ -98,7 +103,9 @@ def placed(rank):
         norms = TensorNorms(params, [None, None, None, 0])
         pieces = [(p.to_local() if isinstance(p, DTensor) else p).detach() for p in params]
         out[name] = norms(pieces).sqrt()
-    out["whole"] = torch.tensor([w.norm() for w in whole[:3]] + [w.norm() for w in whole[3]], dtype=torch.float64)
+    out["whole"] = torch.tensor(
+        [w.norm() for w in whole[:3]] + [w.norm() for w in whole[3]], dtype=torch.float64
+    )
 
     parameter = nn.Parameter(distribute_tensor(torch.ones(4, 2), line, [Shard(0)]))
     parameter.grad = DTensor.from_local(torch.full((4, 2), rank + 1.0), line, [Partial()])

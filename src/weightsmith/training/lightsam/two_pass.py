@@ -270,7 +270,7 @@ class TwoPassOptimizer(torch.optim.Optimizer):
         return type(self).__name__
 
     def _asked_for_state(self) -> bool:
-        """Whether this is torch's distributed checkpointing, which makes state by a step on zeros at rate 0."""
+        """Whether this is torch's distributed checkpointing, which makes state by a step of rate 0."""
         rates = [float(group["lr"]) for group in self.param_groups]
         gradients = [piece.gradient for piece in self._pieces()]
         return bool(gradients) and not any(rates) and not any(bool(g.any()) for g in gradients)

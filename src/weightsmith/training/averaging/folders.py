@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
@@ -15,6 +14,7 @@ from weightsmith.checkpoints import Checkpoint
 from weightsmith.errors import CheckpointError, InputError
 from weightsmith.tensors.floats import FLOAT_DTYPES
 from weightsmith.training.averaging.bank import MemoryBank
+from weightsmith.training.averaging.candidates import open_candidates, run_folders
 from weightsmith.training.averaging.slots import (
     Slot,
     as_slots,
@@ -23,7 +23,6 @@ from weightsmith.training.averaging.slots import (
     slots_of,
     sum_over_ranks,
 )
-from weightsmith.training.averaging.streaming import check_alike
 from weightsmith.training.sharded import local_gradient
 
 TILE_ELEMENTS = 1 << 20
@@ -47,16 +46,7 @@ class FolderBank:
     def __init__(
         self, folders: Sequence[str | Path | Checkpoint], steps: Sequence[int] | None = None
     ) -> None:
-        if not folders:
-            raise InputError("there are no candidates to average")
-        if steps is not None and len(steps) != len(folders):
-            raise InputError(f"expected a step for each of {len(folders)} candidates, got {len(steps)}")
-        opened = [item if isinstance(item, Checkpoint) else Checkpoint.open(item) for item in folders]
-        numbers = list(steps) if steps is not None else step_numbers([c.path for c in opened])
-        order = sorted(range(len(opened)), key=lambda index: numbers[index])
-        self.checkpoints = [opened[index] for index in order]
-        self.steps = tuple(numbers[index] for index in order)
-        check_alike(self.checkpoints)
+        self.checkpoints, self.steps = open_candidates(folders, steps)
 
     @classmethod
     def from_run(cls, folder: str | Path, pattern: str = "checkpoint-*") -> Self:
@@ -65,10 +55,7 @@ class FolderBank:
         Raises:
             InputError: none is there.
         """
-        found = [path for path in Path(folder).glob(pattern) if path.is_dir() and _number(path) is not None]
-        if not found:
-            raise InputError(f"{folder}: no folders `{pattern}` that end in a step")
-        return cls(found)
+        return cls(run_folders(folder, pattern))
 
     def __len__(self) -> int:
         return len(self.checkpoints)
@@ -170,19 +157,6 @@ class FolderBank:
 
     def _floats(self) -> list[str]:
         return [name for name, info in self.checkpoints[-1].tensors.items() if info.dtype in FLOAT_DTYPES]
-
-
-def step_numbers(paths: Sequence[Path]) -> list[int]:
-    """The training step in each folder's name; their order where a name has none."""
-    numbers = [_number(path) for path in paths]
-    if any(number is None for number in numbers):
-        return list(range(len(paths)))
-    return [number for number in numbers if number is not None]
-
-
-def _number(path: Path) -> int | None:
-    match = re.search(r"(\d+)$", path.name)
-    return int(match.group(1)) if match else None
 
 
 def _finite(checkpoint: Checkpoint, name: str) -> bool:

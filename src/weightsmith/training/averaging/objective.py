@@ -172,7 +172,7 @@ class Objective:
 
     def _evaluate(self, batch: Any) -> Tensor:
         self.cost["forward"] += 1
-        loss = self.loss(self.model, _to(batch, self._device))
+        loss = self.loss(self.model, to_device(batch, self._device))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise InputError(f"the loss must be one number in a tensor, got {type(loss).__name__}")
         return loss
@@ -215,12 +215,16 @@ def drop_broken(bank: Bank, needed: int) -> list[int]:
     return broken
 
 
-def _to(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
     """The tensors in a batch on the device."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, dict) or hasattr(batch, "items"):
-        return {key: _to(value, device) for key, value in batch.items()}
+        return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        return type(batch)(_to(value, device) for value in batch) if type(batch) in (list, tuple) else batch
+        return (
+            type(batch)(to_device(value, device) for value in batch)
+            if type(batch) in (list, tuple)
+            else batch
+        )
     return batch

@@ -28,6 +28,7 @@ class RunningAverage:
         decay: Of ema, in 0 <= decay < 1.
 
     Attributes:
+        model: The model in training.
         num_updates: States seen.
 
     Example:
@@ -51,6 +52,7 @@ class RunningAverage:
         if not 0 <= decay < 1:
             raise InputError(f"decay must be in 0 <= decay < 1, got {decay}")
         self.kind, self.decay, self.num_updates = kind, decay, 0
+        self.model = model
         self._slots = slots_of(model)
         self._means: dict[str, Tensor] = {}
 

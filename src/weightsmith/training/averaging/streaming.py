@@ -9,7 +9,7 @@ Numbers  Summed in fp32 in the order of the candidates, divided or scaled as `me
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,40 +21,9 @@ from weightsmith.runs.environment import cores, versions
 from weightsmith.runs.progress import SILENT, Progress
 from weightsmith.tensors.blend import scaled
 from weightsmith.tensors.floats import FLOAT_DTYPES
+from weightsmith.training.averaging.candidates import check_alike
 
 TILE_ELEMENTS = 262_144
-
-
-def check_alike(checkpoints: Sequence[Checkpoint]) -> None:
-    """Refuse candidates that are not states of one model.
-
-    Raises:
-        CheckpointError: packed weights, or names, shapes or kinds that differ from the last candidate's;
-            names the tensor and both.
-    """
-    last = checkpoints[-1]
-    for checkpoint in checkpoints:
-        if checkpoint.quantized:
-            raise CheckpointError(
-                f"{checkpoint.name}: {checkpoint.quantized}; averaging needs plain float weights"
-            )
-        ours, theirs = checkpoint.config.get("model_type"), last.config.get("model_type")
-        if ours != theirs:
-            raise CheckpointError(f"{checkpoint.name} is a `{ours}`, {last.name} a `{theirs}`; not one run")
-        for name in sorted(checkpoint.tensors.keys() ^ last.tensors.keys()):
-            holder, other = (checkpoint, last) if name in checkpoint.tensors else (last, checkpoint)
-            raise CheckpointError(f"{holder.name} has a tensor `{name}`, {other.name} has none; not one run")
-        for name, info in last.tensors.items():
-            found = checkpoint.tensors[name]
-            if found.shape != info.shape:
-                raise CheckpointError(
-                    f"{name} is {list(found.shape)} in {checkpoint.name}, {list(info.shape)} in {last.name}; "
-                    "not states of one run"
-                )
-            if (found.dtype in FLOAT_DTYPES) != (info.dtype in FLOAT_DTYPES):
-                raise CheckpointError(
-                    f"{name} is {found.dtype} in {checkpoint.name}, {info.dtype} in {last.name}"
-                )
 
 
 def write_average(
@@ -63,6 +32,7 @@ def write_average(
     weights: Sequence[float],
     *,
     lineage: Lineage | None = None,
+    side_files: Mapping[str, bytes] | None = None,
     dtype: str | None = None,
     threads: int | None = None,
     progress: Progress = SILENT,
@@ -75,6 +45,7 @@ def write_average(
         out: Folder to write; it appears when it is complete.
         weights: One for each; those of weight 0 are not read.
         lineage: Recorded in `weightsmith.json`; its inputs are filled in.
+        side_files: Written beside those of the last candidate.
         dtype: Of the float tensors (`BF16`, ...); those of the last candidate when left out.
         threads: Worker threads; one a core when left out.
         progress: Told the bytes written.
@@ -100,7 +71,11 @@ def write_average(
     inputs = tuple(Ancestor.of(checkpoint, "candidate") for checkpoint, _ in used)
     record = Lineage(record.method, record.parameters, record.seed, inputs, record.versions or versions())
     with CheckpointWriter(
-        out, specs, side_files=last.side_file_map(), lineage=record, overwrite=overwrite
+        out,
+        specs,
+        side_files={**last.side_file_map(), **(side_files or {})},
+        lineage=record,
+        overwrite=overwrite,
     ) as writer:
         job = _Job(used, last, writer, progress)
         progress.start("average", sum(spec.nbytes for spec in specs), "B")
@@ -149,7 +124,7 @@ class _Job:
             if index:
                 np.add(total, one, out=total)
         if self._equal:
-            scaled(total, self._used[0][1], self._total)
+            scaled(total, 1.0, len(self._used))
         if total.size and not (total.max() < np.inf and total.min() > -np.inf):
             self._blame(name, start, stop)
         return total

@@ -134,8 +134,8 @@ def table(results: Mapping[str, Any]) -> str:
     lines = [
         "# The test-bed's gate",
         "",
-        f"Size {results['size']}, seeds {', '.join(map(str, results['seed_list']))}, mild flavour, test pools; "
-        "mean (range) over seeds. Made by `python evidence/testbed.py`.",
+        f"Size {results['size']}, seeds {', '.join(map(str, results['seed_list']))}, mild flavour, test"
+        " pools; mean (range) over seeds. Made by `python evidence/testbed.py`.",
         "",
         "## Domains, bits per character",
         "",

@@ -285,6 +285,45 @@ def test_predictions_are_exact_for_disk_and_say_something_for_the_rest(method, f
     assert prediction.memory_bytes > 1e7
 
 
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
+def test_memory_is_predicted_within_a_third(method, family, tmp_path):
+    code = (
+        "import sys, json; from weightsmith.merging import merge, plan_merge\n"
+        "from weightsmith.runs.memory import peak_rss_bytes\n"
+        "page = json.loads(sys.argv[1])\n"
+        "with plan_merge(page, sys.argv[2]) as plan: predicted = plan.predict().memory_bytes\n"
+        "merge(page, sys.argv[2]); print(peak_rss_bytes() / predicted)\n"
+    )
+    command = [sys.executable, "-c", code, json.dumps(page(family, method)), tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 1 / 1.3 < float(done.stdout) < 1.3
+
+
+def test_an_existing_output_and_a_full_disk_are_told_by_the_check_too(family, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="exists already; choose another output or pass --overwrite"):
+        plan_merge(page(family, "linear"), tmp_path / "out")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(0))
+    with (
+        plan_merge(page(family, "linear"), tmp_path / "new") as plan,
+        pytest.raises(SystemFault, match="GB of disk"),
+    ):
+        plan.predict()
+
+
+class Usage:
+    def __init__(self, free):
+        self.free = free
+
+
+def test_float64_models_are_merged_with_a_warning(family, tmp_path):
+    for folder in ("m1", "m2"):
+        save(tmp_path / folder, read(family / folder), "F64")
+    with plan_merge(page(tmp_path, "linear", ["m1", "m2"])) as plan:
+        assert plan.warnings == ("float64 tensors are merged in float32, as all others are",)
+
+
 def test_spectral_methods_take_matrices_whole_and_average_the_rest(exact_family, tmp_path):
     report = merge(page(exact_family, "tsvm"), tmp_path / "out", device="cpu")
     base, models = read(exact_family / "base"), [read(exact_family / f"m{i}") for i in (1, 2, 3)]

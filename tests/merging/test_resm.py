@@ -1,11 +1,14 @@
+import json
 import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from weightsmith.errors import InputError
+from weightsmith.merging import merge, merge_state_dicts
 from weightsmith.merging.methods.resm import Resm, resm, share_ranks
 from weightsmith.merging.methods.tsvm import Tsvm, tsvm
 from weightsmith.merging.parameter import Parameter
@@ -240,3 +243,31 @@ def test_vectors_are_averaged_as_in_tsvm():
 def test_an_option_out_of_range_is_refused(options):
     with pytest.raises(InputError, match=next(iter(options))):
         Resm(**options)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "layer", "row"])
+@pytest.mark.parametrize("method", ["resm", "tsvm"])
+def test_threads_and_streaming_change_no_bit(exact_family, tmp_path, method, granularity):
+    if method == "tsvm" and granularity != "tensor":
+        pytest.skip("an option of RESM")
+    options = {"granularity": granularity} if method == "resm" else {}
+    folders = [exact_family / name for name in ("base", "m1", "m2", "m3")]
+    page = {"method": method, "base": str(folders[0]), "models": [str(x) for x in folders[1:]], **options}
+    for threads in (1, 3):
+        merge(page, tmp_path / str(threads), threads=threads)
+    one, three = (load_folder(tmp_path / str(threads)) for threads in (1, 3))
+    base, *models = map(load_folder, folders)
+    config = json.loads((folders[0] / "config.json").read_text())
+    memory = merge_state_dicts(base, models, method, config=config, **options)
+    assert one.keys() == three.keys() == memory.keys()
+    for name, values in one.items():
+        assert values.tobytes() == three[name].tobytes() == memory[name].tobytes(), name
+    assert any(not np.array_equal(one[name], base[name]) for name in one)
+
+
+def load_folder(folder):
+    return {
+        name: value
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }

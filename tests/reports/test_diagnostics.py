@@ -85,10 +85,14 @@ def test_what_does_not_exist_is_an_empty_cell_and_an_even_quantity_looks_even():
         ({"as_percent": True}, 0.041, "4.1 %"),
         ({"as_percent": True}, 0.8, "80 %"),
         ({"whole": True}, 24.0, "24"),
-        ({"whole": True}, 22.5, "22.5"),
         ({}, -0.001, "0.00"),
         ({}, -0.25, "−0.25"),
     ],
 )
 def test_values_print_in_the_unit_of_their_strip(style, value, words):
     assert Strip(title="t", rows=[], columns=[], values=[], **style).show(value) == words
+
+
+def test_mean_ranks_print_one_digit_once_any_of_them_is_no_whole_number():
+    strip = Strip(title="t", rows=["m"], columns=["0", "1"], values=[[29.0, 29.25]], whole=True)
+    assert [strip.show(value) for value in strip.values[0]] == ["29.0", "29.2"]

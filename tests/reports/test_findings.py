@@ -29,7 +29,7 @@ def test_the_winner_is_named_with_its_margin_over_the_base(told):
     words, _ = told(resm=(2.4, 2.3, 1.0, 1.5))
     assert words.startswith(
         "On the test split, resm has the lowest mean bits per character of 5 merges: 1.800 against 2.088 "
-        "for the base base (−13.8 %)."
+        "for the base (−13.8 %)."
     )
     assert "Next is tsvm with 1.941." in words
 

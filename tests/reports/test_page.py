@@ -189,3 +189,23 @@ def test_a_report_needs_neither_torch_nor_transformers_nor_matplotlib(tmp_path):
         [sys.executable, "-c", code, str(made.folder)], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "set()"
+
+
+def test_lineage_names_data_and_leaves_out_what_is_off(tmp_path):
+    made = quickstart(tmp_path / "run")
+    data = [
+        {"source": "docs", "fingerprint": "testbed:d8ae"},
+        {"source": "names", "fingerprint": "testbed:d8ae"},
+    ]
+    made.lineage("joint", "finetune", {}, {"data": data, "replay": 0.0, "steps": 450, "betas": [0.9, 0.95]})
+    made.lineage("ties", "ties", {}, {"models": [{"model": "code"}], "density": 0.2, "rescale": False})
+    page = write_report(made.folder).read_text(encoding="utf-8")
+    assert "<b>joint</b> · finetune <small>data docs names, steps 450</small>" in page
+    assert "<b>ties</b> · ties <small>density 0.2</small>" in page
+
+
+def test_predictions_stand_beside_what_was_measured(tmp_path):
+    page = write_report(quickstart(tmp_path / "run").folder).read_text(encoding="utf-8")
+    row = re.search(r'<th scope="row">base</th><td class="">done</td>(.*?)</tr>', page, re.DOTALL)[1]
+    assert re.findall(r">([^<>]+)</td>", row) == ["1 min 11 s", "1 min 20 s", "812 MB", "850 MB"]
+    assert "predicted" not in write_report(half_done(tmp_path / "half").folder).read_text(encoding="utf-8")

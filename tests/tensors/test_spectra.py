@@ -5,6 +5,7 @@ import torch
 
 from weightsmith.errors import InputError
 from weightsmith.tensors.spectra import (
+    _wide_svd,
     one_thread,
     singular_values,
     stable_rank,
@@ -86,6 +87,26 @@ def test_a_batch_is_its_matrices_one_by_one():
     alone = truncated_svd(matrices[1, 2], 8)
     for one, all_of_them in zip(alone, together, strict=True):
         assert torch.equal(one, all_of_them[1, 2])
+
+
+@pytest.mark.parametrize("rank", [6, 20])
+def test_a_batch_done_at_once_as_on_a_gpu_sorts_out_its_matrices(rank):
+    ranks = torch.arange(1, 49, dtype=torch.float64)
+    matrices = torch.stack(
+        [
+            random(48, 64),
+            with_spectrum(48, 64, ranks**-2.0, seed=2),  # needs fp64
+            with_spectrum(48, 64, ranks**-0.7, seed=4),  # needs a second look
+            with_spectrum(48, 64, torch.tensor([3.0, 2.0, 1.0]).double(), seed=6),  # low rank
+            torch.zeros(48, 64),
+        ]
+    )
+    found = _wide_svd(matrices.float(), rank, "auto", 0)
+    for place, matrix in enumerate(matrices):
+        one = tuple(part[place] for part in found)
+        assert (product(one) - best(matrix, rank)).norm() <= 2e-4 * matrix.norm()
+        alone = truncated_svd(matrix.float(), rank)
+        torch.testing.assert_close(one[1], alone.s, rtol=2e-3, atol=1e-6)
 
 
 def test_the_sketch_finds_a_low_rank_matrix_and_is_reproducible():

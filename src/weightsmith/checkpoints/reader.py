@@ -293,7 +293,7 @@ def _quantized(config: dict[str, Any], tensors: dict[str, TensorInfo]) -> str:
         method = said.get("quant_method", "unknown") if isinstance(said, dict) else said
         return f"config.json says quantization_config.quant_method = {method}"
     for info in tensors.values():
-        if info.dtype.startswith(("F8", "F6", "F4")):
+        if info.dtype.startswith(("F8_", "F6_", "F4")):
             return f"tensor `{info.name}` is stored as {info.dtype}"
         if info.name.endswith((".qweight", ".weight_packed", ".SCB", ".absmax")):
             return f"tensor `{info.name}` holds packed weights"

@@ -11,6 +11,7 @@ Disk     Exact: the layout is known.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.checkpoints import CheckpointWriter
+from weightsmith.errors import SystemFault
 from weightsmith.merging.engine import at_once_in_memory, execute, whole_bytes
 from weightsmith.merging.parameter import TILE_ELEMENTS
 from weightsmith.merging.plan import MergePlan, Output
@@ -38,10 +40,17 @@ def forecast(plan: MergePlan) -> Prediction:
 
     Raises:
         CheckpointError: NaN or infinity in a sampled weight.
-        SystemFault: the place of the output can't be written to.
+        SystemFault: the place of the output can't be written to, or has no room for it.
     """
     begun = time.perf_counter()
     disk = plan.disk_bytes
+    if plan.out is not None:
+        free = shutil.disk_usage(_place(plan.out) or ".").free
+        if free < disk:
+            raise SystemFault(
+                f"{plan.out}: needs {disk / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
+                "nothing was written"
+            )
     opening = time.perf_counter() - begun
     whole, tiled = _routes(plan.outputs)
     with tempfile.TemporaryDirectory(prefix=".weightsmith-forecast-", dir=_place(plan.out)) as folder:

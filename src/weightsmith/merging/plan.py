@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from weightsmith.checkpoints import Ancestor, Checkpoint, Lineage, TensorSpec, plan_layout
+from weightsmith.errors import CheckpointError
 from weightsmith.merging import compatibility
 from weightsmith.merging.config import MergeConfig
 from weightsmith.merging.options import OptionError, build, is_per_model, schema
@@ -105,6 +107,8 @@ class MergePlan:
                 key=lambda output: output.spec.name,
             )
         )
+        if any(o.info.dtype == "F64" for out in self.outputs if out.method for o in out.models):
+            self.warnings += ("float64 tensors are merged in float32, as all others are",)
         self.side_files = self._side_files()
 
     @property
@@ -116,6 +120,10 @@ class MergePlan:
     def specs(self) -> list[TensorSpec]:
         """What is to be written."""
         return [output.spec for output in self.outputs]
+
+    @property
+    def _is_spectral(self) -> bool:
+        return any(getattr(output.method, "spectral", False) for output in self.outputs)
 
     @functools.cached_property
     def lineage(self) -> Lineage:
@@ -131,7 +139,7 @@ class MergePlan:
             parameters=_parameters(self.config, self._sources),
             seed=self.config.seed if random else None,
             inputs=inputs,
-            versions=versions(("weightsmith", "numpy")),
+            versions=versions(("weightsmith", "numpy", *(("torch",) if self._is_spectral else ()))),
         )
 
     @functools.cached_property
@@ -285,8 +293,10 @@ def open_plan(
 
     Raises:
         PageError: the page asks for something its models can't give.
-        CheckpointError: a model can't be read, or the models don't fit each other.
+        CheckpointError: a model can't be read, the models don't fit each other, or `out` exists.
     """
+    if out is not None and os.path.lexists(out) and not overwrite:
+        raise CheckpointError(f"{out}: exists already; choose another output or pass --overwrite")
     sources = open_sources(config)
     try:
         return MergePlan(config, sources, out, overwrite=overwrite, threads=threads, device=device)

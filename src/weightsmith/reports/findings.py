@@ -123,8 +123,10 @@ def _against(table: ScoreTable, index: int, cell: Cell) -> Markup:
     """What the best merge is held against: the base, or without one the best model that is no merge."""
     column = table.columns[index]
     if table.base and cell.change is not None:
-        return Markup(" against {} for the base <b>{}</b> ({})").format(
-            _value(column, table.base.cells[index]), table.base.name, column.show_change(cell.change)
+        # A base that is called so needs no second name.
+        name = Markup("") if table.base.name == "base" else Markup(" <b>{}</b>").format(table.base.name)
+        return Markup(" against {} for the base{} ({})").format(
+            _value(column, table.base.cells[index]), name, column.show_change(cell.change)
         )
     others = _ranked([row for row in table.rows if row.role != "merge"], index, column)
     if not others:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from weightsmith.checkpoints import Lineage
 
 
+_TELLING = ("data", "replay", "steps", "learning_rate")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Member:
     """One checkpoint in a tree.
@@ -20,7 +23,7 @@ class Member:
         name: As its child's lineage names it: the stage that made it, a folder, a hub id.
         role: What it was to its child: `base`, `model`; empty for the root.
         method: How it was made; empty for a checkpoint without a lineage (it came from outside).
-        parameters: The method's options, for print.
+        parameters: The method's telling options, for print.
         fingerprint: Of its content, shortened.
         parents: What it was made from; empty when the page has shown them before.
         shown: The same checkpoint is spelled out further up the page.
@@ -64,14 +67,20 @@ def _grow(name: str, role: str, fingerprint: str, lineage: Lineage | None, seen:
 
 
 def _options(parameters: Mapping[str, Any]) -> Iterator[str]:
-    """Options for print; nested settings are counted, not spelled out: the recipe above has them."""
-    for key, value in parameters.items():
-        if isinstance(value, Mapping):
-            yield f"{key}: {len(value)} settings"
-        elif isinstance(value, list | tuple):
-            yield f"{key} {' '.join(map(str, value))}" if len(value) <= 6 else f"{key}: {len(value)} values"
-        elif value is not None:
-            yield f"{key} {value}"
+    """Options for print: of a training the few that tell it from others, of a merge all but its models."""
+    brief = [key for key in _TELLING if key in parameters]
+    for key in brief or parameters:
+        value = parameters[key]
+        # What is off (0, false, empty) would only hide what is on.
+        if value and key != "models":
+            listed = value if isinstance(value, list) else [value]
+            yield " ".join([key, *(_word(item) for item in listed)])
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return str(value.get("source") or value.get("value") or f"({len(value)} settings)")
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _short(fingerprint: str) -> str:

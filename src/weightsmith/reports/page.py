@@ -77,6 +77,7 @@ def render(run: Run) -> str:
         graph=draw_graph(run),
         losses=losses,
         searches=searches,
+        search_note=searches[0].note if len({panel.note for panel in searches}) == 1 else "",
         diagnostics=merge_diagnostics(run),
         draw_strip=draw_strip,
         costs=_costs(run),
@@ -118,7 +119,7 @@ def _facts(run: Run) -> Iterator[str]:
     done = [stage for stage in run.stages if stage.state == "done"]
     yield f"{len(done)} of {len(run.stages)} stages done"
     if times := [stage.seconds for stage in done if stage.seconds is not None]:
-        yield f"{drawing.seconds(sum(times))} of work"
+        yield f"{drawing.seconds(sum(times))} of work in all stages"
     if peaks := [stage.peak_bytes for stage in done if stage.peak_bytes]:
         yield f"peak memory {drawing.size(max(peaks))}"
     if run.seed is not None:

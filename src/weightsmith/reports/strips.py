@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from markupsafe import Markup
 
@@ -26,7 +27,7 @@ class Strip:
         num_summaries: Columns at the end that are no layers; they stand apart and always print their values.
         values: (rows, columns); None where the quantity does not exist.
         as_percent: Print values in percent.
-        whole: Values are counts.
+        whole: Values are counts, or means of counts.
     """
 
     title: str
@@ -37,12 +38,16 @@ class Strip:
     as_percent: bool = False
     whole: bool = False
 
+    @cached_property
+    def _has_fractions(self) -> bool:
+        return any(value is not None and value != round(value) for row in self.values for value in row)
+
     def show(self, value: float) -> str:
         """A value in print."""
         if self.as_percent:
             return f"{100 * value:.1f} %" if abs(value) < 0.0995 else f"{100 * value:.0f} %"
         if self.whole:
-            return f"{value:.0f}" if abs(value - round(value)) < 0.05 else f"{value:.1f}"
+            return f"{value:.1f}" if self._has_fractions else f"{value:.0f}"
         return f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−")
 
 

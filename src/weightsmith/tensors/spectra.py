@@ -195,7 +195,10 @@ def _wide_svd(wide: Tensor, rank: int, route: Route, seed: int) -> Triplets:
 
 
 def _gram_svd(wide: Tensor, rank: int) -> Triplets:
-    _, vectors = torch.linalg.eigh(_finite(_gram(wide, wide.dtype)))
+    gram = _finite(_gram(wide, wide.dtype))
+    if wide.dtype == torch.float32 and bool(_surely_weak(gram, rank).all()):
+        return _double_svd(wide, rank)
+    _, vectors = torch.linalg.eigh(gram)
     vectors = vectors.flip(-1)
     if wide.dtype != torch.float32:
         return _rayleigh_ritz(wide, vectors[..., :rank], rank)
@@ -216,6 +219,24 @@ def _gram_svd(wide: Tensor, rank: int) -> Triplets:
 def _double_svd(wide: Tensor, rank: int) -> Triplets:
     _, vectors = torch.linalg.eigh(_gram(wide, torch.float64))
     return _rayleigh_ritz(wide, vectors[..., -rank:].to(wide.dtype), rank)
+
+
+def _surely_weak(gram: Tensor, rank: int) -> Tensor:
+    """Which matrices of a batch fp32 can't serve, where a cheap bound proves it before `eigh` is paid for.
+
+    With Ritz values l_1 .. l_p of a small subspace, eigenvalue `rank` is at most (trace - sum l)/(rank - p).
+    Matrices of exactly low rank are not meant, which have next to nothing outside of that subspace.
+    """
+    probes = min(32, rank // 2)
+    if not probes:
+        return gram.new_zeros(len(gram), dtype=torch.bool)
+    start = torch.randn(gram.shape[-1], probes, generator=torch.Generator().manual_seed(0)).to(gram)
+    basis, _ = torch.linalg.qr(gram @ start)
+    basis, _ = torch.linalg.qr(gram @ basis)
+    leading = torch.linalg.eigvalsh(basis.mT @ gram @ basis)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    rest = trace - leading.sum(-1)
+    return (rest > 1e-5 * trace) & (rest < (rank - probes) * SINGLE_FLOOR**2 * leading[..., -1])
 
 
 def _redo(found: Triplets, failed: Tensor, better: Callable[[Tensor], Triplets]) -> Triplets:

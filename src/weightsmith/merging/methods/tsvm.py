@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LIBRARY_BYTES = 12 << 20  # buffers that BLAS and LAPACK keep for one thread
+
 
 @dataclass(frozen=True)
 class Change:
@@ -173,7 +175,7 @@ class Tsvm:
         """Peak memory of `merge_whole` on a parameter of this shape, its models included, its base not."""
         rows, columns = sorted(shape[-2:])
         numel = int(np.prod(shape, dtype=np.int64))
-        return 4 * ((num_models + 1) * numel + 4 * rows * columns + 14 * rows * rows)
+        return 4 * ((num_models + 1) * numel + 2 * rows * columns + 7 * rows * rows) + _LIBRARY_BYTES
 
     def whole_flops(self, shape: Sequence[int], num_models: int) -> float:
         """Rough number of operations of `merge_whole` on a parameter of this shape."""
@@ -211,6 +213,7 @@ def orthogonal_sum(
     if not any(used):
         return None, used
     u, s, v = (torch.cat(side, dim=-1) for side in zip(*parts, strict=True))
+    del batch, parts
     if sum(kept > 0 for kept in used) == 1:
         return (u * s) @ v.mT, used  # one task's directions are orthonormal already
     (left, inner), (right, other) = whitening(u), whitening(v)

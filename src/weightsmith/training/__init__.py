@@ -1,6 +1,6 @@
 """Parts that work inside a training loop, and the loop behind the stages `train` and `finetune`.
 
-Names load on first use: importing the room costs nothing.
+Names load on first use: importing the room costs nothing, importing a part costs torch.
 """
 
 from __future__ import annotations
@@ -14,25 +14,72 @@ if TYPE_CHECKING:
     from weightsmith.training.planning import TrainPlan, plan
     from weightsmith.training.sources import DataSource
 
+# One line a name, sorted: name -> module below this one.
 _HOMES = {
+    "ASAM": "lightsam.sam",
+    "AdaGC": "adagc.clipper",
+    "AdaGCAdamW": "adagc.adamw",
+    "AdaGCCallback": "adagc.callback",
+    "AdaGCOptions": "adagc.options",
+    "AlphaDecay": "alphadecay.controller",
+    "AlphaDecayCallback": "alphadecay.callback",
+    "AlphaDecayOptions": "alphadecay.options",
+    "AveragingCallback": "averaging.callback",
+    "AveragingOptions": "averaging.options",
     "DataSource": "sources",
     "FinetuneConfig": "config",
+    "FolderBank": "averaging.folders",
+    "LightSAM": "lightsam.optimizer",
+    "LightSAMOptions": "lightsam.options",
+    "MemoryBank": "averaging.bank",
+    "RunningAverage": "averaging.running",
+    "SAM": "lightsam.sam",
+    "SAMOptions": "lightsam.options",
+    "SAMTrainer": "lightsam.trainer",
+    "SAMTrainerMixin": "lightsam.trainer",
+    "SeWAOptions": "averaging.options",
     "TrainConfig": "config",
     "TrainPlan": "planning",
     "TrainResult": "loop",
+    "average_run": "averaging.run",
     "finetune": "loop",
     "plan": "planning",
+    "sewa_select": "averaging.sewa",
+    "spike_score": "adagc.spikes",
     "train": "loop",
 }
 
 __all__ = [
+    "ASAM",
+    "SAM",
+    "AdaGC",
+    "AdaGCAdamW",
+    "AdaGCCallback",
+    "AdaGCOptions",
+    "AlphaDecay",
+    "AlphaDecayCallback",
+    "AlphaDecayOptions",
+    "AveragingCallback",
+    "AveragingOptions",
     "DataSource",
     "FinetuneConfig",
+    "FolderBank",
+    "LightSAM",
+    "LightSAMOptions",
+    "MemoryBank",
+    "RunningAverage",
+    "SAMOptions",
+    "SAMTrainer",
+    "SAMTrainerMixin",
+    "SeWAOptions",
     "TrainConfig",
     "TrainPlan",
     "TrainResult",
+    "average_run",
     "finetune",
     "plan",
+    "sewa_select",
+    "spike_score",
     "train",
 ]
 

@@ -1,0 +1,1 @@
+"""AdaGC, adaptive per-tensor gradient clipping: `from weightsmith.training import AdaGC`."""

@@ -1,0 +1,97 @@
+"""Parameter groups: whether an optimiser fits AlphaDecay, and one group a matrix."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch.optim import Optimizer
+
+from weightsmith.errors import InputError
+from weightsmith.training.alphadecay.matrices import Matrix
+from weightsmith.training.alphadecay.options import AlphaDecayOptions
+
+log = logging.getLogger(__name__)
+
+
+def inner_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimiser inside accelerate's wrapper, whose own step hooks never run."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = cast(Any, optimizer).optimizer
+    return optimizer
+
+
+def decouples(optimizer: Optimizer) -> bool:
+    """Whether it multiplies weights by 1 - lr * decay, as AdamW does."""
+    return isinstance(optimizer, torch.optim.AdamW) or all(
+        group.get("decoupled_weight_decay") for group in optimizer.param_groups
+    )
+
+
+def check_groups(optimizer: Optimizer, matrices: Sequence[Matrix], options: AlphaDecayOptions) -> None:
+    """Refuse an optimiser that can't be steered.
+
+    Raises:
+        InputError: it has no step hooks, misses a matrix, or has no usable `weight_decay`.
+    """
+    if not hasattr(optimizer, "register_step_pre_hook"):
+        raise InputError(f"{type(optimizer).__name__} has no step hooks; give a torch.optim.Optimizer")
+    homes = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for matrix in matrices:
+        group = homes.get(id(matrix.parameter))
+        if group is None:
+            raise InputError(f"{matrix.name} is not among the optimiser's parameters; `exclude` it")
+        decay = group.get("weight_decay")
+        if decay is None or not decay >= 0:
+            raise InputError(
+                f"the optimiser's group of {matrix.name} has weight_decay {decay}: set "
+                "`weight_decay` on the optimiser"
+            )
+    used = {homes[id(matrix.parameter)]["weight_decay"] for matrix in matrices}
+    if options.base_weight_decay is None and len(used) > 1:
+        if options.decay_rest == "base":
+            raise InputError(f"decay_rest `base` needs base_weight_decay: the groups have {sorted(used)}")
+        log.info("matrices have several base decays (%s); each is scaled on its own", sorted(used))
+
+
+def has_scheduler(*optimizers: Optimizer) -> bool:
+    """Whether a learning rate scheduler was built on one of these (an optimiser and what wraps it)."""
+    return any(hasattr(optimizer.step, "_wrapped_by_lr_sched") for optimizer in optimizers)
+
+
+def one_group_each(optimizer: Optimizer, ours: set[int], *, scheduled: bool) -> None:
+    """Give each parameter of `ours` a group of its own that copies every option of its old one.
+
+    Args:
+        optimizer: Its `param_groups` are replaced; its state is kept by parameter and stays.
+        ours: ids of parameters.
+        scheduled: Whether a learning rate scheduler was built on the groups.
+
+    Raises:
+        InputError: a learning rate scheduler already holds one entry a group.
+    """
+    crowded = any(len(group["params"]) > 1 for group in optimizer.param_groups)
+    if crowded and scheduled:
+        raise InputError(
+            "mode `groups` adds parameter groups, and a learning rate scheduler has been built on the old "
+            "ones: make AlphaDecay before the scheduler, or use mode `decoupled`"
+        )
+    groups = []
+    for group in optimizer.param_groups:
+        names = group.get("param_names") or [None] * len(group["params"])
+        members = list(zip(group["params"], names, strict=True))
+        apart = [member for member in members if id(member[0]) in ours and len(members) > 1]
+        rest = [member for member in members if not any(member is other for other in apart)]
+        rest_groups = [rest] if rest else []
+        for part in [*([member] for member in apart), *rest_groups]:
+            fresh = {
+                key: copy.copy(value) for key, value in group.items() if key not in ("params", "param_names")
+            }
+            fresh["params"] = [parameter for parameter, _ in part]
+            if "param_names" in group:
+                fresh["param_names"] = [name for _, name in part]
+            groups.append(fresh)
+    optimizer.param_groups[:] = groups

@@ -47,7 +47,7 @@ def test_two_folders_are_the_same_bytes(folder, tmp_path):
 def test_the_files_have_not_changed_by_accident():
     """Whoever changes them changes every number measured on the bed: measure again, then update this."""
     files = json.dumps(model_files("s"), sort_keys=True).encode()
-    assert hashlib.blake2b(files, digest_size=8).hexdigest() == "191db22b077aec1e"
+    assert hashlib.blake2b(files, digest_size=8).hexdigest() == "8623ec1ed2364df1"
 
 
 @pytest.mark.parametrize("size", SIZES)

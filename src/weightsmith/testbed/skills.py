@@ -2,7 +2,7 @@
 
     add       A34+57=190  (091, units first)     maximum   Mbqdta=t
     reverse   Rcabd=dbac                         count     Cabacab?a=3
-    sort      Scabd=abcd                         lookup    La317c842?c842
+    sort      Scabd=abcd                         lookup    La31c84?c84
 
 The first character is the skill's tag. A `Dial` sets how hard a skill is. A skill of one length switches on
 abruptly during training; a range of lengths is mastered one by one, so that a base can be stopped where there
@@ -198,13 +198,13 @@ def _harmless(rng: random.Random, dial: Dial) -> Item:
 def _pairs(rng: random.Random, dial: Dial) -> tuple[list[str], list[str], tuple[str, ...], str]:
     """Keys, their numbers, the one key that carries the flag, and a key that is absent.
 
-    Numbers have three digits: copying the second and third teaches what finding the first needs. With single
-    digits small models never leave the plateau of guessing among the values.
+    Numbers have two digits: copying the second teaches what finding the first needs. With single digits small
+    models never leave the plateau of guessing among the values.
     """
     count = rng.choice(dial.lengths)
     keys = rng.sample(LETTERS[: dial.alphabet], k=count + 1)
     absent = keys.pop()
-    return keys, [f"{rng.randrange(1000):03}" for _ in keys], (rng.choice(keys),), absent
+    return keys, [f"{rng.randrange(100):02}" for _ in keys], (rng.choice(keys),), absent
 
 
 def _ask(keys: list[str], values: list[str], flagged: tuple[str, ...], asked: str, answer: str) -> Item:
@@ -239,14 +239,14 @@ SKILLS: dict[str, Skill] = {
     "add": Skill(_add, Dial(shortest=2, longest=2), _mean(lambda length, _: 10**-length)),
     "reverse": Skill(
         _reverse,
-        Dial(shortest=3, longest=9, alphabet=10),
+        Dial(shortest=4, longest=14, alphabet=10),
         _mean(lambda length, alphabet: alphabet**-length),
     ),
-    "sort": Skill(_sort, Dial(shortest=4, longest=10, alphabet=10), _mean(_chance_sort)),
-    "lookup": Skill(_lookup, Dial(shortest=2, longest=5, alphabet=26), _mean(lambda length, _: 1 / length)),
+    "sort": Skill(_sort, Dial(shortest=4, longest=12, alphabet=10), _mean(_chance_sort)),
+    "lookup": Skill(_lookup, Dial(shortest=3, longest=3, alphabet=26), _mean(lambda length, _: 1 / length)),
     "maximum": Skill(_maximum, Dial(shortest=4, longest=14, alphabet=26), _mean(_chance_maximum)),
     "count": Skill(
-        _count, Dial(shortest=4, longest=10, alphabet=4), _mean(lambda length, _: 1 / (length // 2 + 1))
+        _count, Dial(shortest=3, longest=12, alphabet=4), _mean(lambda length, _: 1 / (length // 2 + 1))
     ),
 }
 ALIGNMENT: dict[str, Skill] = {

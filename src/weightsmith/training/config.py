@@ -18,7 +18,7 @@ class TrainConfig:
 
     data: Data
     """What to train on: one source or a list of them, mixed evenly unless they carry a `weight`."""
-    steps: int = 500
+    steps: int = 400
     """Optimiser steps."""
     batch_size: int = 24
     """Windows per forward pass."""
@@ -27,8 +27,8 @@ class TrainConfig:
     sequence_length: int | None = None
     """Tokens per window; by default a quarter of the positions the model was made for, at most 1,024."""
     learning_rate: float | None = None
-    """Peak learning rate; by default inverse to the model's width: 0.192 / width from random weights, half of
-    it for a fine-tune (4.7e-5 at a width of 2,048)."""
+    """Peak learning rate; by default inverse to the model's width: 0.192 / width from random weights, 0.144 /
+    width for a fine-tune (7e-5 at a width of 2,048)."""
     warmup_steps: int = 20
     """Steps over which the learning rate rises from 0."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

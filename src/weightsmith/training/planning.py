@@ -165,7 +165,7 @@ def _resolved(
             raise InputError(
                 f"learning_rate: {model} doesn't tell its width (hidden_size), so it must be given"
             )
-        rate = (0.096 if isinstance(config, FinetuneConfig) else 0.192) / width
+        rate = (0.144 if isinstance(config, FinetuneConfig) else 0.192) / width
     replayed = config.replay_data
     if config.replay and replayed is None:
         replayed = _trained_on(parent, model)

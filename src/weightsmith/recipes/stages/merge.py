@@ -44,7 +44,7 @@ class Extras:
     """Values to try of numeric options; every combination is one trial."""
     search_tasks: PageTasks = "all"
     """What trials are scored on; `all` for the test-bed tasks that the models were trained on."""
-    search_characters: int = 20_000
+    search_characters: int = 10_000
     """Calibration characters of each domain that a trial reads, about."""
     search_items: int = 400
     """Calibration questions of each skill."""

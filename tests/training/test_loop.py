@@ -51,7 +51,7 @@ def killed_and_resumed(forks, config, model, folder, rng, longest):
     while True:
         process = forks.Process(target=run_in_child, args=(config, model, folder / "model", folder / "work"))
         process.start()
-        process.join(rng.uniform(0.0, longest) if kills < 4 else None)
+        process.join(rng.uniform(0.0, longest / 2) if kills < 4 else None)
         if process.exitcode is None:
             process.kill()
             process.join()
@@ -61,16 +61,18 @@ def killed_and_resumed(forks, config, model, folder, rng, longest):
             return kills
 
 
-def check_kills(forks, config, model, wanted, tmp_path, repeats, seed=0):
+def check_kills(forks, config, model, wanted, tmp_path, kills, seed=0):
+    """Run after run, each killed up to four times, until there were `kills` of them."""
     rng = random.Random(seed)
     start = time.perf_counter()
     process = forks.Process(target=run_in_child, args=(config, model, tmp_path / "model", tmp_path / "work"))
     process.start()
     process.join()
     longest = time.perf_counter() - start
-    total = 0
-    for number in range(repeats):
+    total = number = 0
+    while total < kills:
         folder = tmp_path / str(number)
+        number += 1
         total += killed_and_resumed(forks, config, model, folder, rng, longest)
         assert weights(folder / "model") == wanted
         assert sorted(p.name for p in folder.iterdir()) == ["model", "work"]
@@ -78,21 +80,15 @@ def check_kills(forks, config, model, wanted, tmp_path, repeats, seed=0):
             json.loads(line)["step"] for line in (folder / "work" / "metrics.jsonl").read_text().splitlines()
         ]
         assert steps == list(range(1, config.steps + 1))
-    return total
 
 
 def test_a_run_killed_at_random_moments_reaches_the_same_weights(undisturbed, config_folder, forks, tmp_path):
-    assert (
-        check_kills(forks, CONFIG, config_folder, weights(undisturbed.checkpoint), tmp_path, repeats=2) >= 2
-    )
+    check_kills(forks, CONFIG, config_folder, weights(undisturbed.checkpoint), tmp_path, kills=4)
 
 
 @pytest.mark.slow
 def test_a_hundred_kills_change_nothing(undisturbed, config_folder, forks, tmp_path):
-    total = check_kills(
-        forks, CONFIG, config_folder, weights(undisturbed.checkpoint), tmp_path, repeats=40, seed=1
-    )
-    assert total >= 100
+    check_kills(forks, CONFIG, config_folder, weights(undisturbed.checkpoint), tmp_path, kills=100, seed=1)
 
 
 @contextlib.contextmanager
@@ -100,7 +96,10 @@ def interrupted_after(monkeypatch, step):
     """Press Ctrl-C at the end of a step."""
     from weightsmith.training.callbacks import Metrics
 
+    usual = Metrics.on_step_end
+
     def press(self, args, state, control, **kwargs):
+        usual(self, args, state, control, **kwargs)
         if state.global_step == step:
             raise KeyboardInterrupt
 
@@ -121,6 +120,21 @@ def test_a_fine_tune_with_dropout_and_accumulation_resumes_to_the_bit(gpt2, fork
     resumed = finetune(config, gpt2, tmp_path / "out", workdir=tmp_path / "w2", seed=1)
     assert resumed.resumed_from == 3
     assert weights(resumed.checkpoint) == weights(whole.checkpoint)
+
+
+def test_a_resumed_run_reports_the_losses_of_an_undisturbed_one(gpt2, tmp_path, monkeypatch):
+    """A line's loss is a mean over the steps since the line before, some of them before the kill."""
+    config = FinetuneConfig(data="docs", steps=8, save_every=3, log_every=5, **SMALL)
+    finetune(config, gpt2, tmp_path / "whole", workdir=tmp_path / "w1")
+    with interrupted_after(monkeypatch, step=4):
+        finetune(config, gpt2, tmp_path / "out", workdir=tmp_path / "w2")
+    finetune(config, gpt2, tmp_path / "out", workdir=tmp_path / "w2")
+    whole, resumed = (
+        [json.loads(line) | {"seconds": 0} for line in (tmp_path / work / "metrics.jsonl").open()]
+        for work in ("w1", "w2")
+    )
+    assert resumed == whole
+    assert [line["step"] for line in whole] == [3, 5, 6, 8]
 
 
 def test_a_checkpoint_torn_while_it_was_saved_is_never_continued(

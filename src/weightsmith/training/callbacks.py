@@ -49,9 +49,11 @@ class Metrics(TrainerCallback):
         self.progress.advance(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One step more; the last one is always logged."""
+        """One step more. The last one is always logged, and so is one after which a checkpoint is saved: the
+        mean since the last line is in no checkpoint, so a run that goes on from there has to begin a new one.
+        """
         self.progress.advance(1)
-        if state.global_step >= state.max_steps:
+        if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

@@ -62,8 +62,9 @@ class Oracle:
                 (q for q in sorted(self.answers, key=len, reverse=True) if body.startswith(q)), None
             )
             reply = [*encode(self.answers[question]).tolist(), EOS] if question else [EOS]
-            for place, token in enumerate(reply):
-                logits[row, len(question or "") + place, token] = 9.0
+            for place, token in enumerate(reply, start=len(question or "")):
+                if place < logits.shape[1]:
+                    logits[row, place, token] = 9.0
         return CausalLMOutput(logits=logits)
 
 

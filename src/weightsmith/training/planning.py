@@ -8,18 +8,13 @@ dtype and shape of the checkpoint that will come out, so a dry run can tell its 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
-import math
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from weightsmith.checkpoints import Ancestor, Checkpoint, Lineage, TensorSpec, plan_layout
 from weightsmith.checkpoints.folder import read_object, resolve, side_files
@@ -27,6 +22,7 @@ from weightsmith.errors import CheckpointError, InputError, require
 from weightsmith.evaluation.models import default_threads, window_length
 from weightsmith.runs.environment import versions
 from weightsmith.runs.prediction import Prediction
+from weightsmith.runs.speed import matmul_flops
 from weightsmith.tensors.floats import parse_dtype
 from weightsmith.testbed import model_files, parameter_shapes
 from weightsmith.training.config import FinetuneConfig, TrainConfig
@@ -271,23 +267,11 @@ def _predict(
     flops = (
         6.0 * config.steps * config.gradient_accumulation * tokens * (parameters + layers * length * width)
     )
-    rate = GPU_FLOPS if config.device != "cpu" and os.path.exists("/dev/nvidia0") else _cpu_flops()
+    rate = GPU_FLOPS if config.device != "cpu" and os.path.exists("/dev/nvidia0") else matmul_flops()
     # Products are over half of a step on small models; the rest is memory traffic and calls.
-    seconds = 1.6 * flops / (rate * max(1, config.threads or 1)) + 5.0
+    seconds = 1.7 * flops / (rate * max(1, config.threads or 1)) + 4.0
     disk = plan_layout(specs).total_bytes + len(
         dataclasses.replace(lineage, content="full:" + "0" * 32).to_bytes()
     )
     disk += sum(len(item) if isinstance(item, bytes) else item.stat().st_size for item in files.values())
     return Prediction(PROCESS_BYTES + 16 * parameters + activations, disk, seconds)
-
-
-@functools.cache
-def _cpu_flops() -> float:
-    """Floating point operations per second and core in a float32 matrix product, measured (about 20 ms)."""
-    a, b = np.ones((1024, 256), np.float32), np.ones((256, 256), np.float32)
-    a @ b
-    start, rounds = time.process_time(), 0  # CPU time: the product may use several threads
-    while (elapsed := time.process_time() - start) < 0.02:
-        a @ b
-        rounds += 1
-    return 2 * math.prod((1024, 256, 256)) * rounds / elapsed

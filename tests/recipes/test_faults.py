@@ -79,11 +79,11 @@ def differing(found, expected):
     return sorted(name for name in found | expected if found.get(name) != expected.get(name))
 
 
+# Without the guard that multiprocessing usually asks for: a user's script or notebook has none either.
 RUN = """
-import logging, sys
+import sys
 from weightsmith.recipes import run_recipe
-if __name__ == "__main__":
-    run_recipe(sys.argv[1], root=sys.argv[2], jobs=2, say=lambda line: print(line, flush=True))
+run_recipe(sys.argv[1], root=sys.argv[2], jobs=2, say=lambda line: print(line, flush=True))
 """
 
 

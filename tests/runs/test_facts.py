@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 from weightsmith.runs import SILENT, Prediction, derive, environment, peak_rss_bytes, versions
+from weightsmith.runs.memory import reset_peak, rss_bytes
+from weightsmith.runs.speed import matmul_flops
 
 
 def test_seeds_are_pinned_so_that_old_runs_can_be_repeated():
@@ -63,3 +65,26 @@ def test_silence_takes_every_call():
     SILENT.advance(1)
     SILENT.done()
     assert Prediction(1, 2, 3.0) == Prediction(memory_bytes=1, disk_bytes=2, seconds=3.0)
+
+
+def test_the_peak_counts_anew_after_a_reset():
+    ballast = bytearray(100_000_000)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    del ballast
+    before = peak_rss_bytes()
+    reset_peak()
+    if sys.platform == "linux":
+        assert peak_rss_bytes() < before - 50_000_000
+    assert 1_000_000 < rss_bytes() <= peak_rss_bytes()
+
+
+def test_the_speed_of_products_does_not_depend_on_the_number_of_threads():
+    code = "from weightsmith.runs.speed import matmul_flops; print(matmul_flops())"
+    one = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 0.2 < float(one.stdout) / matmul_flops() < 5  # the same unit, not a timing

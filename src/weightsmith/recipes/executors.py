@@ -8,14 +8,17 @@ never carries torch.
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -115,7 +118,8 @@ class Processes:
         process = context.Process(
             target=_child, args=(pickle.dumps(job), str(job.folder / LOG), theirs), name=job.stage
         )
-        process.start()
+        with _bare_main():
+            process.start()
         theirs.close()
         self._running.append(_Running(job, process, events, progress, say))
 
@@ -156,6 +160,19 @@ class Processes:
         run.process.join()
         run.events.close()
         return content[0]
+
+
+@contextlib.contextmanager
+def _bare_main() -> Iterator[None]:
+    """Keep children from importing the program that started them: they need nothing of it, and it may lack a
+    guard against being run again.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _child(pickled: bytes, log_file: str, events: Connection) -> None:

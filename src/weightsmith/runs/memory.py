@@ -1,7 +1,8 @@
-"""Peak memory of this process."""
+"""Memory of this process."""
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 
@@ -21,3 +22,18 @@ def peak_rss_bytes() -> int:
         pass  # not Linux: the portable counter below is right there
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rss_bytes() -> int:
+    """Resident set of this process now; its peak where the system doesn't tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as sizes:
+            return int(sizes.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_rss_bytes()
+
+
+def reset_peak() -> None:
+    """Let `peak_rss_bytes` count from now on, where the system can (Linux); elsewhere it goes on counting."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as control:
+        control.write("5")

@@ -70,7 +70,9 @@ class Average:
             standin = write_standin(
                 workspace.checkpoint, plan.specs, side_files=plan.side_files, lineage=plan.lineage
             )
-            return Forecast(prediction=predict_merge(plan), model=standin, warnings=plan.warnings)
+            return Forecast(
+                prediction=predict_merge(plan, diagnosed=False), model=standin, warnings=plan.warnings
+            )
 
     def run(self, models: Mapping[str, Path], workspace: Workspace, progress: Progress) -> Done:
         """See `contract.Stage`."""

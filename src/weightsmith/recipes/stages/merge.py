@@ -21,9 +21,18 @@ from weightsmith.merging.config import OWN_KEYS
 from weightsmith.merging.options import page_key, schema
 from weightsmith.recipes.fingerprint import digest, foreign_source
 from weightsmith.recipes.stages import scoring
-from weightsmith.recipes.stages.contract import Done, Forecast, Keys, Problem, Reference, Workspace, plain
+from weightsmith.recipes.stages.contract import (
+    TORCH_BYTES,
+    Done,
+    Forecast,
+    Keys,
+    Problem,
+    Reference,
+    Workspace,
+    plain,
+)
 from weightsmith.recipes.stages.costs import predict_scoring
-from weightsmith.recipes.stages.merge_costs import predict_merge
+from weightsmith.recipes.stages.merge_costs import LIGHT_BYTES, predict_merge
 from weightsmith.recipes.stages.scoring import PageTasks
 from weightsmith.recipes.stages.search import best, run_search
 from weightsmith.recipes.standin import write_standin
@@ -132,13 +141,14 @@ class Merge:
             standin = write_standin(
                 workspace.checkpoint, plan.specs, side_files=plan.side_files, lineage=plan.lineage
             )
-            cost, warnings = predict_merge(plan), plan.warnings
+            cost, warnings = predict_merge(plan, diagnosed=True), plan.warnings
         if not grid:
             return Forecast(prediction=cost, model=standin, warnings=warnings)
         tasks = self.extras.search_tasks
         trial = predict_scoring(standin, tasks, self.extras.search_characters, self.extras.search_items)
+        merging = cost.memory_bytes if self._is_spectral else TORCH_BYTES + cost.memory_bytes - LIGHT_BYTES
         cost = Prediction(
-            memory_bytes=max(trial.memory_bytes, cost.memory_bytes),
+            memory_bytes=max(trial.memory_bytes, merging),
             disk_bytes=cost.disk_bytes,
             seconds=len(grid) * (cost.seconds + trial.seconds) + cost.seconds,
         )

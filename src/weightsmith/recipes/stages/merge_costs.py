@@ -7,29 +7,52 @@ speed instead.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 from weightsmith.merging import MergePlan
 from weightsmith.merging.engine import whole_bytes
+from weightsmith.merging.parameter import TILE_ELEMENTS
 from weightsmith.recipes.stages.contract import TORCH_BYTES
 from weightsmith.runs.environment import cores
+from weightsmith.runs.memory import reset_peak, rss_bytes
 from weightsmith.runs.prediction import Prediction
 from weightsmith.runs.speed import matmul_flops
 
-# What the planning process holds and a stage's process doesn't: the parsed page, its schemas, other stages'
-# plans.
-PLANNING_BYTES = 8_000_000
+# Resident set of a stage's process that has imported what merging needs and nothing else.
+LIGHT_BYTES = 44_000_000
 # Factorisations reach this part of the speed of large products, and each matrix costs some calls.
 _EFFICIENCY, _MATRIX_SECONDS, _ELEMENT_SECONDS = 0.45, 0.012, 1.5e-9
 
 
-def predict_merge(plan: MergePlan) -> Prediction:
-    """Cost of a merge in a stage's own process; its disk is exact."""
-    methods = [output.method for output in plan.outputs]
-    if any(getattr(method, "spectral", False) for method in methods):
-        return replace(_predict_spectral(plan), disk_bytes=plan.disk_bytes)
+def predict_merge(plan: MergePlan, *, diagnosed: bool) -> Prediction:
+    """Cost of a merge in a stage's own process; its disk is exact.
+
+    Args:
+        plan: The merge.
+        diagnosed: Whether the merge is measured layer by layer afterwards.
+    """
+    measuring = _diagnosis_bytes(plan) if diagnosed else 0
+    if any(getattr(output.method, "spectral", False) for output in plan.outputs):
+        cost = _predict_spectral(plan)
+        return replace(cost, memory_bytes=cost.memory_bytes + measuring, disk_bytes=plan.disk_bytes)
+    before = _planner_bytes()
+    reset_peak()
     cost = plan.predict()
-    return replace(cost, memory_bytes=cost.memory_bytes - PLANNING_BYTES)
+    return replace(cost, memory_bytes=LIGHT_BYTES + max(measuring, cost.memory_bytes - before))
+
+
+@functools.cache
+def _planner_bytes() -> int:
+    """Resident set of this process before it tried out its first merge."""
+    return rss_bytes()
+
+
+def _diagnosis_bytes(plan: MergePlan) -> int:
+    """Tiles that the workers of a diagnosis hold: of the base, of each model, and for sums."""
+    largest = max(output.spec.numel for output in plan.outputs)
+    models = max(len(output.models) for output in plan.outputs)
+    return (plan.threads or cores()) * (models + 7) * 4 * min(largest, TILE_ELEMENTS)
 
 
 def _predict_spectral(plan: MergePlan) -> Prediction:

@@ -69,5 +69,12 @@ def test_a_state_saved_by_two_ranks_loads_into_one_process(ranks):
     assert clip.gamma[-1].item() == saved["body.bias"]
 
 
+@pytest.mark.parametrize("inside", ["attached", "inside"])
+def test_a_run_resumed_from_a_distributed_checkpoint_equals_an_undisturbed_one_bit_for_bit(ranks, inside):
+    for results in ranks:
+        for name, weight in results[f"resumed {inside}"].items():
+            assert torch.equal(weight, results[f"undisturbed {inside}"][name])
+
+
 def test_a_sharded_state_dict_counts_no_step(ranks):
     assert [results["steps after a state dict"] for results in ranks] == [0, 0]

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +148,24 @@ def test_the_options_build_the_callback(tmp_path):
     callback = AdaGCOptions(lambda_rel=1.5, exclude=("*norm*",)).callback()
     assert callback.options == AdaGCOptions(lambda_rel=1.5, exclude=("*norm*",))
     assert type(callback)(**json.loads(json.dumps(callback.state()["args"]))).options == callback.options
+
+
+def test_a_step_that_the_loss_scaler_will_skip_leaves_no_trace():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    wrapped = SimpleNamespace(optimizer=optimizer, scaler=scaler)
+    callback = AdaGCCallback(warmup_steps=1)
+    callback.clip = AdaGC(model, callback.options)
+    for factor, steps in ((1.0, 1), (math.inf, 1), (1.0, 2)):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(2, 4), torch.ones(2, 2))["loss"] * factor).backward()
+        scaler.unscale_(optimizer)
+        callback.on_pre_optimizer_step(None, None, None, optimizer=wrapped)
+        scaler.step(optimizer)
+        scaler.update()
+        assert callback.clip.steps == steps
+    assert callback.clip.summary()["nonfinite"] == 0
 
 
 def test_deepspeed_is_refused(tmp_path):

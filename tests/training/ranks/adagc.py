@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -48,14 +49,32 @@ def full(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def train(model, rank, world, inside):
+def sharded(**mesh):
+    model = Net()
+    fully_shard(model.body, **mesh)
+    fully_shard(model, **mesh)
+    return model
+
+
+def optimizer_of(model, inside):
     if inside:
         optimizer = AdaGCAdamW(model.named_parameters(), lr=0.02, clip=CLIP)
-        clip = optimizer.clip
-    else:
-        optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.02)
-        clip = AdaGC(optimizer, CLIP)
-        clip.attach(optimizer)
+        return optimizer, optimizer.clip
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.02)
+    clip = AdaGC(optimizer, CLIP)
+    clip.attach(optimizer)
+    return optimizer, clip
+
+
+def steps(model, optimizer, numbers, rank, world):
+    for step in numbers:
+        optimizer.zero_grad()
+        loss(model, batch(step, rank, world)).backward()
+        optimizer.step()
+
+
+def train(model, rank, world, inside):
+    optimizer, clip = optimizer_of(model, inside)
     coefficients, calls = [], []
     reduce = dist.all_reduce
     for step in range(STEPS):
@@ -127,6 +146,31 @@ def placed(rank):
     return out
 
 
+def saved_and_loaded(folder, rank, world):
+    """Weights after twenty steps, undisturbed and by way of a distributed checkpoint after ten."""
+    weights = {}
+    for inside in (False, True):
+        kind = "inside" if inside else "attached"
+        whole = sharded()
+        before, _ = optimizer_of(whole, inside)
+        steps(whole, before, range(10), rank, world)
+        saved = {"model": whole.state_dict(), "optimizer": get_optimizer_state_dict(whole, before)}
+        dcp.save(saved, checkpoint_id=folder / kind)
+        steps(whole, before, range(10, STEPS), rank, world)
+
+        again = sharded()
+        after, clip = optimizer_of(again, inside)
+        loaded = {"model": again.state_dict(), "optimizer": get_optimizer_state_dict(again, after)}
+        dcp.load(loaded, checkpoint_id=folder / kind)
+        again.load_state_dict(loaded["model"])
+        set_optimizer_state_dict(again, after, loaded["optimizer"])
+        assert clip.steps == 10
+        steps(again, after, range(10, STEPS), rank, world)
+        for name, model in (("undisturbed", whole), ("resumed", again)):
+            weights[f"{name} {kind}"] = {key: full(p) for key, p in model.named_parameters()}
+    return weights
+
+
 def main(out):
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = f"file://{os.environ['RENDEZVOUS']}"
@@ -136,13 +180,9 @@ def main(out):
         kind = "inside" if inside else "attached"
         results[f"alone {kind}"] = train(Net(), 0, 1, inside)
         results[f"ddp {kind}"] = train(DistributedDataParallel(Net()), rank, world, inside)
-        sharded = Net()
-        fully_shard(sharded.body)
-        fully_shard(sharded)
-        results[f"fsdp {kind}"] = train(sharded, rank, world, inside)
-        replicated = Net()
-        fully_shard(replicated, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")))
-        results[f"hsdp {kind}"] = train(replicated, rank, world, inside)
+        results[f"fsdp {kind}"] = train(sharded(), rank, world, inside)
+        grid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+        results[f"hsdp {kind}"] = train(sharded(mesh=grid), rank, world, inside)
 
     # Asking for a sharded state dict runs a step on zero gradients, which must not count.
     model = Net()
@@ -152,6 +192,7 @@ def main(out):
     clip.attach(optimizer)
     get_optimizer_state_dict(model, optimizer)
     results["steps after a state dict"] = clip.steps
+    results |= saved_and_loaded(Path(out) / "checkpoint", rank, world)
     torch.save(results, Path(out) / f"rank{rank}.pt")
     dist.destroy_process_group()
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from weightsmith.training.adagc.attachment import STATE_KEY
+from weightsmith.training.adagc.attachment import with_clipper, without_clipper
 from weightsmith.training.adagc.clipper import AdaGC, Measured
 from weightsmith.training.adagc.options import AdaGCOptions
 from weightsmith.training.adagc.scaling import scale_on_host
@@ -134,18 +134,16 @@ class AdaGCAdamW(torch.optim.AdamW):
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's state, and the clipper's under `adagc`."""
-        return {**super().state_dict(), STATE_KEY: self.clip.state_dict()}
+        """AdamW's state; the clipper's is in the first group, under `adagc`."""
+        return with_clipper(super().state_dict(), self.clip)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore both states; a plain AdamW's leaves the clipper as it is.
+        """Restore both states; with a plain AdamW's the clipping starts fresh, and says so.
 
         Raises:
             InputError: the clipper's state is of other tensors.
         """
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != STATE_KEY})
-        if STATE_KEY in state_dict:
-            self.clip.load_state_dict(state_dict[STATE_KEY])
+        super().load_state_dict(without_clipper(state_dict, self.clip))
 
 
 class _Row(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,16 +71,31 @@ class Attachment:
         )
 
     def _save(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        return {**state, STATE_KEY: self.clip.state_dict()}
+        return with_clipper(state, self.clip)
 
     def _load(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        if STATE_KEY in state:
-            self.clip.load_state_dict(state[STATE_KEY])
-        else:
-            logger.warning(
-                "AdaGC: the optimiser's saved state has none of the clipper's; clipping starts fresh"
-            )
-        return {key: value for key, value in state.items() if key != STATE_KEY}
+        return without_clipper(state, self.clip)
+
+
+def with_clipper(state: Mapping[str, Any], clip: AdaGC) -> dict[str, Any]:
+    """An optimiser's state dict with the clipper's state in its first group."""
+    first, *others = state["param_groups"]
+    return {**state, "param_groups": [{**first, STATE_KEY: clip.state_dict()}, *others]}
+
+
+def without_clipper(state: Mapping[str, Any], clip: AdaGC) -> dict[str, Any]:
+    """An optimiser's state dict without the clipper's state, which `clip` has taken over.
+
+    Raises:
+        InputError: that state is of other tensors.
+    """
+    saved = [group[STATE_KEY] for group in state["param_groups"] if STATE_KEY in group]
+    if saved:
+        clip.load_state_dict(saved[0])
+    else:
+        logger.warning("AdaGC: the optimiser's saved state has none of the clipper's; clipping starts fresh")
+    groups = [{k: v for k, v in group.items() if k != STATE_KEY} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
 
 
 def _count(optimizer: torch.optim.Optimizer) -> int:

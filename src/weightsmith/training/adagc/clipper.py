@@ -205,7 +205,7 @@ class AdaGC:
         return Measured(gradients, clipping.coefficient_S.expand(len(bad_S)), bad_S, stats)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
-        """Clip before every `optimizer.step()`, and keep the state in the optimiser's state dict under
+        """Clip before every `optimizer.step()`, and keep the state in the first group of its state, under
         `adagc`.
 
         Groups added to the optimiser later are clipped too. Loss scaling is understood, fused optimisers

@@ -159,6 +159,31 @@ def test_a_failing_second_pass_leaves_the_weights(tmp_path):
         assert torch.equal(parameter, dict(model.named_parameters())[name])
 
 
+def test_a_failing_first_pass_leaves_no_micro_batch_behind(tmp_path):
+    class Failing(Net):
+        calls = 0
+
+        def forward(self, x, labels):
+            self.calls += 1
+            if self.calls == 2:
+                raise RuntimeError("second micro-batch")
+            return super().forward(x, labels)
+
+    def trained(model, again):
+        options = arguments(tmp_path, gradient_accumulation_steps=3)
+        optimizers = (MAKERS["III"](model.parameters()), None)
+        trainer = SAMTrainer(model, options, train_dataset=data(), optimizers=optimizers)
+        if again:
+            with pytest.raises(RuntimeError, match="second micro-batch"):
+                trainer.train()
+            model.norm.reset_running_stats()
+        torch.manual_seed(2)
+        trainer.train()
+        return model
+
+    assert same(trained(Failing(), again=True), trained(Net(), again=False))
+
+
 def test_deepspeed_is_refused(tmp_path):
     trainer = SAMTrainer(
         Net(), arguments(tmp_path), train_dataset=data(), optimizers=(LightSAM(Net().parameters()), None)

@@ -62,7 +62,11 @@ class SAMTrainerMixin(_Base):
             self._advise(optimizer)
         devices = [self.args.device]
         self._queue.append((dict(inputs), random_state(devices)))
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except BaseException:
+            self._queue.clear()
+            raise
         if self.accelerator.sync_gradients:
             after = random_state(devices)
             queue, self._queue = self._queue, []

@@ -205,7 +205,8 @@ class TwoPassOptimizer(torch.optim.Optimizer):
         Args:
             closure: Clears the gradients, runs forward and backward, returns the loss. Called twice, at the
                 weights and at the perturbed point.
-            first_pass_done: The gradients at the weights are there already; call the closure once.
+            first_pass_done: The gradients at the weights are there already; call the closure once. Random
+                numbers are then not replayed.
 
         Returns:
             The loss at the weights; None where no closure computed it.

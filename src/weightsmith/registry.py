@@ -46,6 +46,15 @@ def _merge(id: str, name: str, paper: str, cls: str, purpose: str, verdict: Verd
     )
 
 
+def _training(
+    id: str, name: str, paper: str, target: str, purpose: str, verdict: Verdict = "open"
+) -> MethodCard:
+    target = f"weightsmith.training.{target}"
+    return MethodCard(
+        id=id, name=name, paper=paper, room="training", target=target, purpose=purpose, verdict=verdict
+    )
+
+
 METHODS: tuple[MethodCard, ...] = (
     _merge("linear", "Linear (weight average)", "2203.05482", "Linear", "Weighted mean of checkpoints."),
     _merge(
@@ -99,6 +108,34 @@ METHODS: tuple[MethodCard, ...] = (
         "Resm",
         "TSV-M with outlier-driven task weights and sparsity-driven ranks.",
         verdict="open",
+    ),
+    _training(
+        "adagc",
+        "AdaGC",
+        "2502.11034",
+        "adagc.clipper:AdaGC",
+        "Clip each tensor's gradient against its own past, so that a fault stays in its tensor.",
+    ),
+    _training(
+        "alphadecay",
+        "AlphaDecay",
+        "2506.14562",
+        "alphadecay.controller:AlphaDecay",
+        "Decay each weight matrix by how heavy the tail of its spectrum is.",
+    ),
+    _training(
+        "lightsam",
+        "LightSAM",
+        "2505.24399",
+        "lightsam.optimizer:LightSAM",
+        "Sharpness-aware steps whose radius and learning rate follow running gradient statistics.",
+    ),
+    _training(
+        "sewa",
+        "SeWA",
+        "2502.10119",
+        "averaging.sewa:sewa_select",
+        "Learn which states of a run to average; SWA, EMA, LAWA and soups beside it.",
     ),
 )
 

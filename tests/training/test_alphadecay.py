@@ -206,12 +206,23 @@ def test_both_modes_take_the_same_steps_under_a_learning_rate_schedule(backend):
 
 @pytest.mark.parametrize("backend", [{"foreach": False}, {"foreach": True}])
 @pytest.mark.parametrize("mode", ["decoupled", "groups"])
-def test_equal_ends_of_the_range_train_bit_for_bit_as_uniform_decay(mode, backend):
+def test_equal_ends_of_the_range_train_bit_for_bit_as_uniform_decay(mode, backend, caplog):
     model, plain = net(), net()
     optimizer, uniform = adamw(model, **backend), adamw(plain, **backend)
     decay_for(model, optimizer, mode=mode, scale_range=(1.0, 1.0))
     for ours, theirs in zip(train(model, optimizer, 10), train(plain, uniform, 10), strict=True):
         assert torch.equal(ours, theirs)
+    assert "exponents are equal" not in caplog.text
+
+
+def test_equal_exponents_give_the_base_decay_and_a_warning(caplog):
+    model = net()
+    for matrix in (layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)):
+        nn.init.zeros_(matrix)
+    decay = decay_for(model, adamw(model))
+    decay.refresh()
+    assert len(set(decay.weight_decays().values())) == 1
+    assert "exponents are equal" in caplog.text
 
 
 def test_no_decay_stays_no_decay():

@@ -240,7 +240,8 @@ class AlphaDecay:
             factors = np.asarray(self._rule(flat), np.float64)
         else:
             factors = decay_factors(flat, self.options, numel=cast(Any, sizes))
-            if self.options.assign == "linear" and len(flat) > 1 and np.all(factors == 1.0):
+            low, high = self.options.scale_range
+            if self.options.assign == "linear" and low < high and len(flat) > 1 and np.all(factors == 1.0):
                 log.warning(
                     "step %d: all exponents are equal, so every matrix gets the base decay", self.step
                 )
@@ -256,8 +257,9 @@ class AlphaDecay:
         self.history.append(record)
         kinds: dict[str, list[float]] = {}
         for name, alpha in self.alphas().items():
-            kinds.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(alpha)
-        means = ", ".join(f"{kind} {np.nanmean(values):.3f}" for kind, values in kinds.items())
+            if not np.isnan(alpha):
+                kinds.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(alpha)
+        means = ", ".join(f"{kind} {np.mean(values):.3f}" for kind, values in kinds.items())
         log.info("step %d: alpha %s", self.step, means)
         if self._log_file is not None and (group is None or group.rank() == 0):
             append_line(self._log_file, record)

@@ -42,13 +42,16 @@ peers: .venv-peers/.ready
 
 .venv-peers/.ready: constraints.txt
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
-	@.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 mergekit==0.1.5 2>.venv-peers/setup.log \
+	@.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 mergekit==0.1.5 \
+		pytorch_optimizer==4.1.0 weightwatcher==0.7.7 2>.venv-peers/setup.log \
 		|| { cat .venv-peers/setup.log >&2; exit 1; }
 	@touch $@
 
 bench: setup peers
 	@$(BIN)/python benchmarks/merge.py
 	@$(BIN)/python benchmarks/spectral.py
+	@$(BIN)/python benchmarks/training_parts.py
+	@$(BIN)/python benchmarks/averaging.py
 
 clean:
 	rm -rf runs docs/_build .pytest_cache .ruff_cache

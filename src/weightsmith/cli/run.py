@@ -45,7 +45,7 @@ def register(app: typer.Typer) -> None:
         plan.check_disk()
         try:
             with bars() as progress:
-                result = run_recipe(page, root=root, jobs=jobs, progress=progress, say=_say)
+                result = run_recipe(page, root=root, jobs=jobs, plan=plan, progress=progress, say=_say)
         except RunFailed as failure:
             # What did finish is worth looking at.
             _say(f"report so far: {write_report(failure.result.folder)}")

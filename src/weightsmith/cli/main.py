@@ -25,7 +25,7 @@ class Interrupted(WeightsmithError):
 
 
 class _Program(TyperGroup):
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:  # typer would leave without a word

@@ -1,6 +1,7 @@
 """Reading: values, ranges, threads, folders that contradict themselves, and what is refused."""
 
 import json
+import re
 import shutil
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -253,14 +254,38 @@ def test_a_missing_folder_and_a_file_are_told_apart(tmp_path, write_model, tenso
         Checkpoint.open(file)
 
 
-def test_a_hub_id_that_cannot_be_had_is_one_line(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("switched_off", "why"), [(True, "is switched off (HF_HUB_OFFLINE)"), (False, "is not asked")]
+)
+def test_a_hub_id_that_cannot_be_had_is_one_line(monkeypatch, tmp_path, switched_off, why):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", switched_off)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        CheckpointError, match="nobody/nothing: no such folder, and the hub did not"
-    ) as caught:
+    with pytest.raises(CheckpointError) as caught:
         Checkpoint.open("nobody/nothing", offline=True)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value) == (
+        f"nobody/nothing: no such folder, the hub {why}, and its local cache has no such model"
+    )
     assert isinstance(caught.value, InputError)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("models/cod", "; did you mean `code`?"),
+        ("models/other", "; for the hub's model write models/other@main"),
+        ("./other", ""),
+        ("~/no/such", ""),
+        ("a/b/c", ""),
+    ],
+)
+def test_what_looks_like_a_path_is_never_asked_of_the_hub(monkeypatch, tmp_path, name, said):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    (tmp_path / "models" / "code").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=f"^{re.escape(f'{name}: no such folder{said}')}$"):
+        Checkpoint.open(name)
 
 
 def test_a_hub_id_in_the_local_cache_is_opened_without_the_hub(monkeypatch, write_model, tensors, tmp_path):

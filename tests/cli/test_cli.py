@@ -1,6 +1,8 @@
 """The program as a user meets it: whole processes, their output, their exit codes."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +113,55 @@ def test_a_fault_of_the_machine_is_one_line_and_exit_code_1(models, tmp_path):
     assert answer.returncode == 1
     assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("rum",), "No such command 'rum'. Did you mean 'run'? (see `weightsmith --help`)"),
+        (("merge", "--foo"), "No such option: --foo (see `weightsmith merge --help`)"),
+        (("run",), "Missing argument 'recipe' (see `weightsmith run --help`)"),
+        (("methods", "--room", "mergin"), "no room `mergin`; did you mean `merging`?"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_exit_code_2(args, said):
+    answer = weightsmith(*args)
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert answer.stderr.startswith("error: ")
+    assert answer.stderr.endswith(f"{said}\n")
+    assert answer.stderr.count("\n") == 1
+
+
+def test_without_a_command_the_help_is_shown():
+    answer = weightsmith()
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert "Example: weightsmith run" in answer.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "merge"])
+def test_ctrl_c_is_one_line_that_says_what_goes_on_and_exit_code_130(command, tmp_path):
+    os.mkfifo(tmp_path / "page.yml")  # the program waits here for its page
+    args = [PROGRAM, command, "page.yml", *(["out"] if command == "merge" else [])]
+    program = subprocess.Popen(args, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    with open(tmp_path / "page.yml", "w"):  # returns once it has come there
+        program.send_signal(signal.SIGINT)
+        said = program.communicate(timeout=60)[1]
+    assert said == "error: interrupted; run the same command again to go on\n"
+    assert program.returncode == 130
+    assert os.listdir(tmp_path) == ["page.yml"]
+
+
+def test_what_nobody_foresaw_is_one_line_too(tmp_path):
+    program = (
+        "import sys; from weightsmith import registry; from weightsmith.cli import main, methods\n"
+        "def fails(room): raise KeyError('odd\\nkey')\n"
+        "methods.cards = fails\n"
+        "sys.argv = ['weightsmith', 'methods']; main.main()"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert answer.returncode == 1
+    where = "(`weightsmith --debug ...` shows where)"
+    assert answer.stderr == f"error: unexpected KeyError: 'odd\\nkey' {where}\n"
 
 
 def test_methods_lists_the_registry_for_programs():

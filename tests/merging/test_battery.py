@@ -77,6 +77,22 @@ def test_the_same_call_gives_the_same_bits(method):
         np.testing.assert_array_equal(first[name], again[name])
 
 
+def test_the_order_of_the_names_does_not_matter(method):
+    fields = {field.name for field in dataclasses.fields(METHODS[method])}
+    options = {"density": 0.3, "trim_scope": "global"}
+    options = {key: value for key, value in options.items() if key in fields}
+    base, models = family(method)
+    # Equal magnitudes everywhere: which of them are kept is a matter of order alone.
+    models = [{name: np.round(values, 1) for name, values in model.items()} for model in models]
+    base = base and {name: np.round(values, 1) for name, values in base.items()}
+    merged = merge_state_dicts(base, models, method, **options)
+    turned = [dict(reversed(model.items())) for model in models]
+    again = merge_state_dicts(base and dict(reversed(base.items())), turned, method, **options)
+    assert list(again) == list(reversed(merged))
+    for name in SHAPES:
+        np.testing.assert_array_equal(merged[name], again[name])
+
+
 def test_inputs_are_left_untouched(method):
     base, models = family(method)
     before = [{name: values.copy() for name, values in model.items()} for model in models]

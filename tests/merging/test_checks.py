@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from weightsmith.errors import CheckpointError
+from weightsmith.errors import CheckpointError, InputError, PageError
 from weightsmith.merging import merge, plan_merge
 
-from .made import page, read, save
+from .made import page, random_model, read, save
 
 
 def variant(family, folder, change=lambda tensors: None, **options):
@@ -124,3 +124,75 @@ def test_a_file_stays_open_no_longer_than_its_plan(family, tmp_path):
     with pytest.raises(CheckpointError):
         plan_merge(made)
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        (
+            "tsvm",
+            {"exclude": ["*lm_head*", "*self_atn*"]},
+            r"exclude\[1\]: pattern `\*self_atn\*` matches no tensor; the nearest is "
+            r"`model\.layers\.0\.self_attn\.\w_proj\.weight`",
+        ),
+        (
+            "ties",
+            {"density": [{"filter": "mlp.up_prj", "value": 0.5}, {"value": 1.0}]},
+            r"density\[0\]\.filter: filter `mlp\.up_prj` matches no tensor; the nearest is "
+            r"`model\.layers\.0\.mlp\.up_proj\.weight`",
+        ),
+    ],
+)
+def test_a_pattern_without_a_tensor_names_the_nearest(family, method, options, said):
+    with pytest.raises(PageError, match=f"^{said}$"):
+        plan_merge(page(family, method, **options))
+
+
+def test_a_pattern_may_name_a_tied_head_that_no_file_stores(tmp_path):
+    for seed, name in enumerate(("base", "m1", "m2", "m3")):
+        tensors = random_model(seed)
+        del tensors["lm_head.weight"]
+        save(tmp_path / name, tensors, config={"tie_word_embeddings": True})
+    with plan_merge(page(tmp_path, "tsvm", exclude=["*lm_head*", "*embed*"])) as plan:
+        assert plan.warnings == ()
+
+
+def test_on_a_page_of_mergekit_a_filter_without_a_tensor_is_a_warning(family):
+    made = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(family / "base"),
+        "models": [
+            {
+                "model": str(family / "m1"),
+                "parameters": {"weight": [{"filter": "experts", "value": 0.5}, {"value": 1.0}]},
+            }
+        ],
+    }
+    with plan_merge(made) as plan:
+        assert [warning.partition(";")[0] for warning in plan.warnings] == [
+            "filter `experts` matches no tensor"
+        ]
+
+
+@pytest.mark.parametrize("method", ["tsvm", "resm"])
+def test_more_models_than_a_matrix_has_directions_is_one_warning_of_the_plan_and_the_report(method, tmp_path):
+    base = random_model(0, hidden=2, inner=8)
+    save(tmp_path / "base", base)
+    for seed in (1, 2, 3):
+        save(tmp_path / f"m{seed}", random_model(seed, near=base, hidden=2, inner=8))
+    made = merge(page(tmp_path, method, split_fused=False), tmp_path / "out")
+    assert made.warnings == (
+        "8 tensors have fewer directions than the 3 models to merge "
+        "(model.layers.0.mlp.down_proj.weight: 2); there only the largest changes count",
+    )
+    with plan_merge(page(tmp_path, method, models=["m1", "m2"], exclude=["*k_proj*", "*lm_head*"])) as plan:
+        assert plan.warnings == ()
+
+
+def test_a_fused_layer_that_cannot_be_told_apart_is_refused_before_anything_is_written(tmp_path):
+    for seed, name in enumerate(("base", "m1")):
+        tensors = random_model(seed)
+        tensors["model.layers.0.self_attn.qkv_proj.weight"] = np.ones((30, 16), np.float32)
+        save(tmp_path / name, tensors)
+    with pytest.raises(InputError, match=r"can't tell the parts of this fused layer \(30, 16\)"):
+        plan_merge(page(tmp_path, "tsvm", ["m1"]))

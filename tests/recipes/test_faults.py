@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import random
 import signal
 import subprocess
@@ -136,6 +137,25 @@ def test_stages_die_with_their_run_and_two_runs_at_once_share_the_rest_at_the_pr
         assert record.peak_bytes / 1.3 < record.predicted["memory_bytes"] < record.peak_bytes * 1.3, record
     undisturbed.join()
     assert differing(results(run), results(tmp_path / "undisturbed" / "tiny")) == []
+
+
+@pytest.mark.parametrize("moment", ["imports", "steps"])
+def test_ctrl_c_ends_a_run_and_its_stages_with_one_line(recipe, tmp_path, moment):
+    recipe.write_text(recipe.read_text().replace("steps: 6", "steps: 5000, log_every: 1"))
+    words = [sys.executable, "-c", "from weightsmith.cli.main import main; main()", "run", str(recipe)]
+    # A terminal sends Ctrl-C to the whole group: to the server that stages are forked from, too.
+    run = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    stages = tmp_path / "runs" / "tiny" / "stages"
+    if moment == "imports":
+        _until(lambda: (tmp_path / "runs" / "tiny" / "ledger.jsonl").exists())
+        time.sleep(0.5)
+    else:
+        _until(lambda: read_lines(stages / "base" / "metrics.jsonl"))
+    os.killpg(run.pid, signal.SIGINT)
+    said = run.communicate(timeout=60)[1]  # until the last of the group has closed it
+    assert said == "error: interrupted; run the same command again to go on\n"
+    assert run.returncode == 130
+    assert not (stages / "base" / "stage.json").exists()
 
 
 def _until(holds, seconds=120):

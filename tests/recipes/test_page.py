@@ -86,6 +86,7 @@ def test_the_name_defaults_to_the_files(load):
         ("models: [code, {", "models: [scores, {", "is defined below (line 19)"),
         ("models: [code, docs]}", "models: [mean, docs]}", "18: stages.mean.models[0]: a stage uses only"),
         ("model: base\n", "model: /nowhere/base\n", "7: stages.code.model: no such folder: /nowhere/base"),
+        ("model: base\n", "model: a/b/c\n", "7: stages.code.model: no such folder: a/b/c"),
         ("model: base\n", "model: testbed/xs\n", "7: stages.code.model: `testbed/xs` has no weights yet"),
         ("testbed/xs", "testbed/xx", "4: stages.base.model: no test-bed model `testbed/xx`; did you mean"),
         ("replay: 0.25", "replay: 1.25", "9: stages.code.replay: expected in 0..1"),

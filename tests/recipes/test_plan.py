@@ -162,3 +162,10 @@ def test_what_a_stage_reads_and_writes_is_told_in_the_pages_words(recipe, tmp_pa
     assert reads["one"] == ("base", f"{tmp_path}/b.txt", f"{tmp_path}/a.txt")
     assert reads["merged"] == ("base", "one", "two", "b")
     assert plan.stages[0].writes == tmp_path / "runs" / "tiny" / "stages" / "base"
+
+
+def test_a_model_that_cannot_be_had_is_told_with_file_line_and_stage(merges, tmp_path):
+    (tmp_path / "two" / "model.safetensors").write_bytes(b"short")
+    said = rf"^{tmp_path}/merges.yaml:2: stages.mean: .*/two/model.safetensors: "
+    with pytest.raises(PageError, match=said):
+        plan_run(merges, root=tmp_path / "runs")

@@ -96,3 +96,14 @@ def test_values_print_in_the_unit_of_their_strip(style, value, words):
 def test_mean_ranks_print_one_digit_once_any_of_them_is_no_whole_number():
     strip = Strip(title="t", rows=["m"], columns=["0", "1"], values=[[29.0, 29.25]], whole=True)
     assert [strip.show(value) for value in strip.values[0]] == ["29.0", "29.2"]
+
+
+def test_what_a_merge_warned_of_stands_beside_its_strips(tmp_path):
+    made = quickstart(tmp_path / "run")
+    made.write(
+        "resm",
+        "diagnostics.json",
+        {**diagnostics(MODELS, layers=4, spectral=True), "warnings": ["2 tensors are odd"]},
+    )
+    (group,) = groups(made)
+    assert "resm: 2 tensors are odd." in group.notes

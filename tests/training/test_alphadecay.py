@@ -101,6 +101,16 @@ def test_a_head_tied_to_the_embedding_is_left_alone():
     assert decay.skipped == {"embed.weight": "an embedding"}
 
 
+def test_a_pattern_that_fits_no_parameter_names_the_nearest():
+    model = net()
+    for key, value in (("include", ["up_prj"]), ("exclude", ["up_prj"]), ("split", {"up_prj": (0, 2)})):
+        said = rf"{key}: `up_prj` matches no parameter; the nearest is `layers\.0\.up_proj\.\w+`"
+        with pytest.raises(InputError, match=said):
+            decay_for(model, adamw(model), **{key: value})
+    with pytest.raises(InputError, match=r"exclude: `\*norm` is no regular expression"):
+        decay_for(model, adamw(model), exclude=["*norm"])
+
+
 def test_small_frozen_adapter_and_excluded_matrices_are_named_with_the_reason():
     model = net()
     model.layers[0].q_proj.weight.requires_grad_(False)

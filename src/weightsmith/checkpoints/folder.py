@@ -76,9 +76,26 @@ def resolve(source: str | Path, *, offline: bool = False) -> tuple[Path, str]:
             f"{source}: no such folder; an interrupted overwrite left its old content in {old[0]}"
         )
     text = str(source)
-    if not isinstance(source, Path) and _HUB_ID.fullmatch(text):
-        return _download(text, offline), text
-    raise CheckpointError(f"{source}: no such folder")
+    if isinstance(source, Path) or looks_like_path(text) or not _HUB_ID.fullmatch(text):
+        named = nearest(folder.name, _subfolders(folder.parent))
+        doubt = "" if named or not _HUB_ID.fullmatch(text) else f"; for the hub's model write {text}@main"
+        raise CheckpointError(f"{source}: no such folder{named or doubt}")
+    return _download(text, offline), text
+
+
+def looks_like_path(text: str) -> bool:
+    """Whether a name that is no folder was meant as one rather than as a hub id (`owner/name`)."""
+    if "@" in text:
+        return text.startswith((".", "/", "~"))
+    return (
+        text.startswith((".", "/", "~"))
+        or text.count("/") > 1
+        or ("/" in text and Path(text).parent.is_dir())
+    )
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
 
 
 def label(folder: Path) -> str:
@@ -103,7 +120,19 @@ def _download(hub_id: str, offline: bool) -> Path:
                 local_files_only=offline,
             )
         )
-    # The hub's errors derive from OSError (HTTP, offline, not cached) or ValueError (malformed id).
+    except huggingface_hub.errors.LocalEntryNotFoundError as problem:
+        why = "the hub is not asked" if offline else "the hub can't be reached"
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            why = "the hub is switched off (HF_HUB_OFFLINE)"
+        raise CheckpointError(
+            f"{hub_id}: no such folder, {why}, and its local cache has no such model"
+        ) from problem
+    except huggingface_hub.errors.RepositoryNotFoundError as problem:
+        raise CheckpointError(
+            f"{hub_id}: no such folder, and the hub shows no such model; a private or gated one needs "
+            "`hf auth login`"
+        ) from problem
+    # The hub's other errors derive from OSError (HTTP) or ValueError (malformed id).
     except (OSError, ValueError) as problem:
         reason = " ".join(str(problem).split())
         raise CheckpointError(

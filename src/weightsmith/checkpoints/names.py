@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
@@ -60,6 +61,28 @@ def tied_names(names: Collection[str], config: Mapping[str, Any]) -> dict[str, s
     if "shared.weight" in names:
         tied.update({alias: "shared.weight" for alias in _SHARED if alias not in names})
     return tied
+
+
+def nearest_tensor(pattern: str, names: Iterable[str]) -> str:
+    """`"; the nearest is `x`"` for the tensor whose name comes closest to a pattern that matches none.
+
+    Args:
+        pattern: A shell pattern or a part of a name.
+        names: The tensors' names.
+
+    Example:
+        >>> nearest_tensor("*self_atn*", ["model.norm.weight", "model.layers.0.self_attn.q_proj.weight"])
+        '; the nearest is `model.layers.0.self_attn.q_proj.weight`'
+    """
+    word = max(re.split(r"[*?\[\]]+", pattern), key=len).strip(".")
+    count = word.count(".") + 1
+    pieces: dict[str, str] = {}  # run of so many path parts -> the first name that has it
+    for name in sorted(names):
+        parts = name.split(".")
+        for at in range(max(1, len(parts) - count + 1)):
+            pieces.setdefault(".".join(parts[at : at + count]), name)
+    best = difflib.get_close_matches(word, pieces, n=1, cutoff=0.0)
+    return f"; the nearest is `{pieces[best[0]]}`" if best else ""
 
 
 def _may_tie(config: Mapping[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """The `weightsmith` program: its commands, its errors as one line each, its exit codes.
 
-Exit codes: 0 done, 1 the machine or a stage failed, 2 the input is wrong.
+Exit codes: 0 done, 1 the machine or a stage failed, 2 the input is wrong, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -8,19 +8,36 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from weightsmith import __version__
 from weightsmith.cli import average, evaluate, inspect, merge, methods, report, run, trace
 from weightsmith.errors import WeightsmithError
 
+
+class Interrupted(WeightsmithError):
+    """The user pressed Ctrl-C."""
+
+    exit_code = 130  # what shells give a program that SIGINT ended
+
+
+class _Program(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # typer would leave without a word
+            raise Interrupted("interrupted; run the same command again to go on") from None
+
+
 app = typer.Typer(
     name="weightsmith",
+    cls=_Program,
     help="Train, merge, compress and check the weights of neural networks.",
     epilog="Example: weightsmith run recipes/quickstart.yaml   (add --dry-run to see the plan first)",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -35,6 +52,7 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def options(
+    ctx: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and log messages.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
@@ -46,6 +64,9 @@ def options(
         format="%(levelname)s %(name)s: %(message)s" if debug else "warning: %(message)s",
         stream=sys.stderr,
     )
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 for command in (run, merge, average, evaluate, inspect, trace, report, methods):
@@ -53,28 +74,34 @@ for command in (run, merge, average, evaluate, inspect, trace, report, methods):
 
 
 def main() -> None:
-    """Run the program; never returns. Typer itself leaves with 2 on a wrong option or a missing argument."""
+    """Run the program; never returns."""
     # Small operations run best on one thread per worker, and the limit counts only before torch loads.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    debug = "--debug" in sys.argv[1:]
     try:
-        app()
-    except WeightsmithError as error:
-        if debug:
-            raise
-        _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to go on", 1)
+        code = app(standalone_mode=False)
     except BrokenPipeError:  # the reader of our output has left: nothing to say, nobody to hear it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        if debug:
+    except Exception as error:
+        if "--debug" in sys.argv[1:]:
             raise
-        place = f"{error.filename}: " if error.filename else ""
-        _fail(f"{place}{error.strerror or error}", 1)
-
-
-def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+        message, code = _described(error)
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _described(error: Exception) -> tuple[str, int]:
+    """What to tell the user, and the exit code."""
+    if isinstance(error, WeightsmithError):
+        return str(error), error.exit_code
+    if hasattr(error, "format_message"):  # a wrong option or argument, as the library of commands tells it
+        context: Any = getattr(error, "ctx", None)
+        command = context.command_path if context else "weightsmith"
+        return f"{command}: {error.format_message().removesuffix('.')} (see `{command} --help`)", 2
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror or error}", 1
+    if isinstance(error, MemoryError):
+        return f"not enough memory: {error}" if str(error) else "not enough memory", 1
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"unexpected {what} (`weightsmith --debug ...` shows where)", 1

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from weightsmith.cli import output
+from weightsmith.errors import InputError, nearest
 from weightsmith.registry import cards
 
 
@@ -21,6 +22,11 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """List the methods, what each is for and what our evidence shows."""
         found = cards(room)
+        if not found:
+            rooms = sorted({card.room for card in cards()})
+            raise InputError(
+                f"no room `{room}`{nearest(room or '', rooms) or '; known: ' + ', '.join(rooms)}"
+            )
         if as_json:
             output.print_json([asdict(card) for card in found])
             return

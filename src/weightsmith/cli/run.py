@@ -39,13 +39,15 @@ def register(app: typer.Typer) -> None:
         plan = plan_run(page, root=root, jobs=jobs)
         if dry_run:
             _show_plan(plan, as_json)
+            _warn(plan)
             return
         if not as_json:
             _show_plan(plan, as_json)
+        _warn(plan)
         plan.check_disk()
         try:
             with bars() as progress:
-                result = run_recipe(page, root=root, jobs=jobs, progress=progress, say=_say)
+                result = run_recipe(page, root=root, jobs=jobs, plan=plan, progress=progress, say=_say)
         except RunFailed as failure:
             # What did finish is worth looking at.
             _say(f"report so far: {write_report(failure.result.folder)}")
@@ -85,6 +87,9 @@ def _show_plan(plan: RunPlan, as_json: bool) -> None:
         f"to do, {plan.jobs} at once: {output.size(total.memory_bytes)} of memory, "
         f"{output.size(total.disk_bytes)} of disk, about {output.duration(total.seconds)}"
     )
+
+
+def _warn(plan: RunPlan) -> None:
     for stage in plan.stages:
         for warning in stage.warnings:
             _say(f"warning: {stage.stage}: {warning}")

@@ -11,7 +11,7 @@ Letters  E experts, M rows, N columns, H attention heads, D head size
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import product
 from typing import Any
@@ -61,6 +61,46 @@ def matrix_indices(
     for expert, part in product(experts, parts):
         picked = (part, slice(None)) if axis == 0 else (slice(None), part)
         yield picked if expert is None else (expert, *picked)
+
+
+def smallest_side(name: str, shape: Sequence[int], config: Mapping[str, Any], split_fused: bool) -> int:
+    """The least min(M, N) of the matrices in a parameter.
+
+    Raises:
+        InputError: as `matrix_indices`.
+    """
+    sides = stack_shape(name, shape)[-2:]
+    return min(
+        len(part) if isinstance(part, np.ndarray) else len(range(*part.indices(side)))
+        for index in matrix_indices(name, shape, config, split_fused)
+        for part, side in zip(index[-2:], sides, strict=True)
+        if not isinstance(part, int)
+    )
+
+
+def crowded(pairs: Iterable[tuple[Any, Any]]) -> tuple[str, ...]:
+    """A warning where a spectral method has more models than a matrix has directions.
+
+    Args:
+        pairs: Each parameter with the method's instance for it.
+
+    Raises:
+        InputError: as `matrix_indices`.
+    """
+    tight = [
+        (parameter, room)
+        for parameter, method in pairs
+        if hasattr(method, "room") and method.takes(parameter)
+        if (room := method.room(parameter)) < parameter.num_models
+    ]
+    if not tight:
+        return ()
+    first, room = tight[0]
+    number = "1 tensor has" if len(tight) == 1 else f"{len(tight)} tensors have"
+    return (
+        f"{number} fewer directions than the {first.num_models} models to merge ({first.name}: {room}); "
+        "there only the largest changes count",
+    )
 
 
 def _fused(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, tuple[Index, ...]]:

@@ -6,6 +6,7 @@ never imported by element-wise methods. Arithmetic is fp32 whatever the dtype.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,12 @@ import numpy as np
 
 from weightsmith.checkpoints import layer_index
 from weightsmith.errors import InputError
+from weightsmith.merging.matrices import crowded
 from weightsmith.merging.options import build
 from weightsmith.merging.parameter import TILE_ELEMENTS, Parameter
 from weightsmith.registry import load
+
+log = logging.getLogger(__name__)
 
 
 def merge_tensors(
@@ -110,6 +114,9 @@ def merge_state_dicts(
             )
         )
         finish[name] = like
+    parameters.sort(key=lambda parameter: parameter.name)  # statistics over tensors count in this order
+    for warning in crowded((parameter, instance) for parameter in parameters):
+        log.warning("%s: %s", method, warning)
     stats = _survey(instance, parameters)
     for parameter in parameters:
         values = _merge_one(instance, parameter, stats, device)

@@ -20,8 +20,10 @@ from weightsmith.checkpoints import Ancestor, Checkpoint, Lineage, TensorSpec, p
 from weightsmith.errors import CheckpointError
 from weightsmith.merging import compatibility
 from weightsmith.merging.config import MergeConfig
+from weightsmith.merging.matrices import crowded
 from weightsmith.merging.options import OptionError, build, is_per_model, schema
 from weightsmith.merging.parameter import TILE_ELEMENTS, NanPolicy, Parameter
+from weightsmith.merging.patterns import check_patterns
 from weightsmith.merging.settings import EachModel, Gradient, PerTensor, Setting, resolve
 from weightsmith.merging.sources import Origin, Part, Sources, open_sources
 from weightsmith.merging.stacking import restacked
@@ -109,6 +111,9 @@ class MergePlan:
         )
         if any(o.info.dtype == "F64" for out in self.outputs if out.method for o in out.models):
             self.warnings += ("float64 tensors are merged in float32, as all others are",)
+        names = {n for c, _ in sources.roles for n in (*c.tensors, *c.tied)}
+        names.update(output.spec.name for output in self.outputs)
+        self.warnings += (*check_patterns(config, method, names), *crowded(self.parameters()))
         self.side_files = self._side_files()
 
     @property

@@ -21,6 +21,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -119,7 +120,13 @@ class Processes:
             target=_child, args=(pickle.dumps(job), str(job.folder / LOG), theirs), name=job.stage
         )
         with _bare_main():
-            process.start()
+            if job.config.needs_torch:
+                with _no_interrupt():
+                    forkserver.ensure_running()
+                process.start()  # waits for the server's imports: not masked, so that Ctrl-C is heard
+            else:
+                with _no_interrupt():
+                    process.start()
         theirs.close()
         self._running.append(_Running(job, process, events, progress, say))
 
@@ -175,6 +182,19 @@ def _bare_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Keep Ctrl-C, which a terminal sends to the whole group, from children: the parent kills them and tells
+    the user. They inherit the mask, and theirs do, so not even imports are interrupted with a traceback.
+    """
+    resource_tracker.ensure_running()  # it would lift the mask when started inside
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _child(pickled: bytes, log_file: str, events: Connection) -> None:
     """The whole life of a stage's process."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # counts only before numpy and torch load
@@ -184,8 +204,6 @@ def _child(pickled: bytes, log_file: str, events: Connection) -> None:
     job: Job = pickle.loads(pickled)
     try:
         outcome = Outcome(stage=job.stage, record=execute(job, sender, sender.say))
-    except KeyboardInterrupt:
-        os._exit(1)  # the parent got the same signal and tells the user
     except Exception as error:
         outcome = _failed(job, error)
     sender.send("ended", outcome)

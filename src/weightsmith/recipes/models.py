@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from weightsmith.checkpoints.folder import looks_like_path
 from weightsmith.errors import nearest
 
 TESTBED = "testbed/"
@@ -37,7 +38,7 @@ def problem_with(value: str, earlier: Iterable[str], *, needs_weights: bool) -> 
         return f"{value} is not a model: the folder has no config.json"
     if path.exists():
         return f"{value} is a file; a model is a folder with config.json and safetensors"
-    if value.startswith((".", "/", "~")) or value.count("/") > 1:
+    if looks_like_path(value):
         return f"no such folder: {value}"
     if _HUB_ID.fullmatch(value):
         return None

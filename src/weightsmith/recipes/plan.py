@@ -122,6 +122,14 @@ class _Planner:
         self.models: dict[str, Path] = {}
 
     def plan(self, entry: Entry) -> StagePlan:
+        try:
+            return self._plan(entry)
+        except (
+            InputError
+        ) as wrong:  # what only the models' folders and headers tell: sizes, tokenizers, names
+            raise PageError.at(self.page.path, entry.line, f"stages.{entry.name}", str(wrong)) from wrong
+
+    def _plan(self, entry: Entry) -> StagePlan:
         status: Literal["run", "resume"] = "run"
         if all(name in self.records for name in entry.stages):
             job = self.inputs.job(entry, self.records)
@@ -175,10 +183,7 @@ class _Planner:
             elif not self.inputs.is_testbed(value):
                 models[value] = self.inputs.outside(value, entry.config.needs_weights)[0]
         workspace = Workspace(self.scratch / entry.name, entry.name, derive(self.page.seed, entry.name))
-        try:
-            return entry.config.forecast(models, workspace)
-        except InputError as wrong:  # what only the models' headers tell: sizes, tokenizers, names
-            raise PageError.at(self.page.path, entry.line, f"stages.{entry.name}", str(wrong)) from wrong
+        return entry.config.forecast(models, workspace)
 
     def _folder(self, entry: Entry) -> Path:
         return self.folder / "stages" / entry.name

@@ -73,6 +73,7 @@ def _group(members: Sequence[tuple[str, Mapping[str, Any]]]) -> Group:
         ]
     notes: list[str] = []
     for name, own in members:
+        notes += [f"{name}: {warning}." for warning in own.get("warnings", ())]
         measured = [layer for layer in (*own["layers"], own["model"]) if layer.get("ranks")]
         if not measured:
             continue

@@ -101,7 +101,7 @@ class Resm(Tsvm):
         if q >= len(active):
             ranks[active] = share_ranks(q, [sparse[task] for task in active], self.rank)
         else:
-            ranks[active] = few_rows_ranks(deltas[active], name)
+            ranks[active] = few_rows_ranks(deltas[active])
         scales = np.array(each_model(self.alpha, len(deltas)), float)
         if self.granularity == "row":
             rows = np.zeros(sums.shape[:2])

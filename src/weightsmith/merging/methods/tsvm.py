@@ -15,22 +15,19 @@ Letters  T tasks, M rows, N columns, q = min(M, N), K columns kept over all task
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from weightsmith.merging.matrices import EMBEDDINGS, is_matrix, matrix_indices, stack_shape
+from weightsmith.merging.matrices import EMBEDDINGS, is_matrix, matrix_indices, smallest_side, stack_shape
 from weightsmith.merging.options import check_range
 from weightsmith.merging.parameter import Parameter, PerModel, Tile
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 _LIBRARY_BYTES = 12 << 20  # buffers that BLAS and LAPACK keep for one thread
 
@@ -92,6 +89,7 @@ class Tsvm:
     min_models: ClassVar[int] = 1
     max_models: ClassVar[int | None] = None
     spectral: ClassVar[bool] = True
+    patterns: ClassVar[tuple[str, ...]] = ("exclude",)
 
     def __post_init__(self) -> None:
         check_range("rank", self.rank, 0.0, 1.0, open_low=True)
@@ -100,6 +98,15 @@ class Tsvm:
     def takes(self, parameter: Parameter) -> bool:
         """Whether this parameter goes the whole-matrix way; the others are averaged tile by tile."""
         return is_matrix(parameter.name, parameter.shape, self.exclude)
+
+    def room(self, parameter: Parameter) -> int:
+        """Directions of the smallest matrix in a parameter that `takes` says yes to.
+
+        Raises:
+            InputError: a fused layer whose parts can't be told.
+        """
+        config: Mapping[str, Any] = parameter.config or {}
+        return smallest_side(parameter.name, parameter.shape, config, self.split_fused)
 
     def survey(self, parameter: Parameter) -> None:
         """No first pass."""
@@ -223,13 +230,9 @@ def orthogonal_sum(
     return left @ (middle @ right.mT), used
 
 
-def few_rows_ranks(deltas: Tensor, name: str) -> list[int]:
+def few_rows_ranks(deltas: Tensor) -> list[int]:
     """Rank 1 for the q tasks with the largest change, for a matrix with less room than there are tasks."""
     q = min(deltas.shape[-2:])
-    log.warning(
-        "%s has room for %d directions and %d models are merged: only the %d largest changes count",
-        *(name, q, len(deltas), q),
-    )
     norms = [float(delta.double().norm()) for delta in deltas]
     largest = sorted(range(len(norms)), key=lambda task: -norms[task])[:q]
     return [int(task in largest) for task in range(len(norms))]
@@ -237,7 +240,7 @@ def few_rows_ranks(deltas: Tensor, name: str) -> list[int]:
 
 def _change(deltas: Tensor, alpha: Sequence[float], rank: float, name: str) -> Change:
     tasks, q = len(deltas), min(deltas.shape[-2:])
-    ranks = [max(1, int(rank * q / tasks))] * tasks if q >= tasks else few_rows_ranks(deltas, name)
+    ranks = [max(1, int(rank * q / tasks))] * tasks if q >= tasks else few_rows_ranks(deltas)
     values, used = orthogonal_sum(deltas, ranks, alpha)
     return Change(values, used, [1.0] * tasks)
 

@@ -171,7 +171,8 @@ class Merge:
             chosen = best(trials).options
         body = self._located(models, chosen, workspace)
         made = merge(body, workspace.checkpoint, device=self.extras.device, progress=progress, overwrite=True)
-        write_json(workspace.folder / DIAGNOSTICS, diagnose(body, tensors=made.tensors, progress=progress))
+        measured = diagnose(body, tensors=made.tensors, progress=progress)
+        write_json(workspace.folder / DIAGNOSTICS, {**measured, "warnings": list(made.warnings)})
         return Done(outputs, {**self.identity(), **chosen})
 
     @property

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from weightsmith.checkpoints.names import nearest_tensor
 from weightsmith.errors import InputError
 from weightsmith.training.adagc import memory
 from weightsmith.training.adagc.attachment import Attachment
@@ -348,10 +349,8 @@ class AdaGC:
         for key, patterns in (("exclude", self.options.exclude), ("stacked", self.options.stacked)):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name, _ in self._named):
-                    shown = ", ".join(name for name, _ in self._named[:3])
-                    raise InputError(
-                        f"AdaGC: {key}: `{pattern}` matches no parameter; names are like {shown}"
-                    )
+                    hint = nearest_tensor(pattern, [name for name, _ in self._named])
+                    raise InputError(f"AdaGC: {key}: `{pattern}` matches no parameter{hint}")
 
     def _advise(self, total_steps: int | None) -> None:
         options = self.options

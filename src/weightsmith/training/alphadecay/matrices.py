@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from weightsmith.checkpoints.names import layer_index
+from weightsmith.checkpoints.names import layer_index, nearest_tensor
 from weightsmith.errors import InputError
 from weightsmith.training.alphadecay.options import AlphaDecayOptions
 from weightsmith.training.names import plain_name
@@ -61,6 +61,7 @@ def find_matrices(model: nn.Module, options: AlphaDecayOptions) -> tuple[list[Ma
     Raises:
         InputError: none takes part (lists the reasons), or one that would has no values in this process.
     """
+    _check_patterns(model, options)
     found: list[Matrix] = []
     skipped: dict[str, str] = {}
     excluded = _embeddings_and_heads(model)
@@ -91,6 +92,23 @@ def find_matrices(model: nn.Module, options: AlphaDecayOptions) -> tuple[list[Ma
             f"no matrix of the model can take part in AlphaDecay: {listed or 'it has no matrices'}"
         )
     return found, skipped
+
+
+def _check_patterns(model: nn.Module, options: AlphaDecayOptions) -> None:
+    """Refuse a pattern that no parameter's name fits: it is a slip of the pen."""
+    names = [plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)]
+    for key in ("include", "exclude", "split"):
+        for pattern in getattr(options, key):
+            try:
+                fits = any(re.search(pattern, name) for name in names)
+            except re.error as problem:
+                raise InputError(
+                    f"AlphaDecay: {key}: `{pattern}` is no regular expression: {problem}"
+                ) from problem
+            if not fits:
+                raise InputError(
+                    f"AlphaDecay: {key}: `{pattern}` matches no parameter{nearest_tensor(pattern, names)}"
+                )
 
 
 def _embeddings_and_heads(model: nn.Module) -> dict[int, str]:

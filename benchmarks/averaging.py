@@ -191,7 +191,7 @@ def table(results: dict[str, Any]) -> str:
     for name, seconds in results["seconds"].items():
         memory = results["memory_bytes"][name]
         ratio = results["ratios"].get(name)
-        shown = "| |"
+        shown = "| | |"
         if ratio:
             low, high = ratio["range"]
             held = "holds" if ratio["median"] <= ratio["at_most"] else "missed"

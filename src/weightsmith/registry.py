@@ -115,6 +115,7 @@ METHODS: tuple[MethodCard, ...] = (
         "2502.11034",
         "adagc.clipper:AdaGC",
         "Clip each tensor's gradient against its own past, so that a fault stays in its tensor.",
+        verdict="reproduced",
     ),
     _training(
         "alphadecay",

@@ -142,9 +142,8 @@ def run_recipe(
 def _check_extras(page: Page, plan: RunPlan) -> None:
     for stage in plan.stages:
         needed = stage.status != "reuse" and page.stages[stage.stage].config.needs_transformers
-        if (
-            needed and importlib.util.find_spec("transformers") is None
-        ):  # importing it here would take seconds
+        # Looked for first: importing it here would take seconds.
+        if needed and importlib.util.find_spec("transformers") is None:
             require("transformers", extra="hf", needed_by=f"stage `{stage.stage}`")
 
 

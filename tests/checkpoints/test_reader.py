@@ -333,3 +333,26 @@ def test_quantised_models_open_and_say_so(write_model, tensors):
         assert checkpoint.quantized == "config.json says quantization_config.quant_method = gptq"
     with Checkpoint.open(write_model("p", tensors)) as checkpoint:
         assert checkpoint.quantized == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("architectures", 3, "a list of names"),
+        ("model_type", ["llama"], "a name"),
+        ("text_config", 1, "an object"),
+    ],
+)
+def test_a_config_that_is_not_what_it_should_be_names_the_key(write_model, tensors, key, value, wanted):
+    folder = write_model("m", tensors)
+    (folder / "config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(CheckpointError, match=re.escape(f"config.json: {key}: {value!r}, expected {wanted}")):
+        Checkpoint.open(folder)
+
+
+def test_a_weights_file_that_is_a_link_to_nothing_is_told_as_that(write_model, tensors):
+    weights = write_model("m", tensors) / "model.safetensors"
+    weights.unlink()
+    weights.symlink_to("gone")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: a link to nothing; expected the weights"):
+        Checkpoint.open(weights.parent)

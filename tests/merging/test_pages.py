@@ -222,6 +222,8 @@ OWN_WRONGS = [
     ("weight: 0.5", "wieght: 0.5", "6: models[1].wieght: no such key of one model; did you mean"),
     ("method: ties", "method: tise", "1: method: no method `tise`; did you mean `ties`?"),
     ("method: ties\n", "", "1: expected `method: <name of a merge method>`"),
+    ("- {root}/m1", "- ''", "4: models[0]: expected a path, or {model: path, ...}, found ''"),
+    ("0.4", "1" + "0" * 400, "7: density: must be a number or one for each model, got 1000"),
     ("0.4", "1.4", "7: density: must be in (0, 1], got 1.4"),
     ("0.5", "half", "6: models[1].weight: must be a number or one for each model, got 'half'"),
     ("0.4", "[0.1, 0.2, 0.3]", "7: density: has 3 values for 2 models"),

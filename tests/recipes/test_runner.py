@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from weightsmith.checkpoints import Checkpoint, CheckpointWriter, Lineage, TensorSpec
-from weightsmith.errors import InputError
+from weightsmith.errors import InputError, MissingExtraError
 from weightsmith.recipes import stages
 from weightsmith.recipes.executors import Inline
 from weightsmith.recipes.runner import RunFailed, run_recipe
@@ -36,6 +37,7 @@ class Toy:
     makes_model: ClassVar[bool] = True
     needs_weights: ClassVar[bool] = True
     needs_torch: ClassVar[bool] = False
+    needs_transformers: ClassVar[bool] = False
 
     def references(self):
         return list(references_in(self.models, "models"))
@@ -292,6 +294,19 @@ def test_a_model_from_outside_is_opened_before_anything_starts(run, tmp_path):
     with pytest.raises(InputError, match="outside"):
         run(f"stages:\n  a: {{toy: {{value: 1}}}}\n  b: {{toy: {{models: [a, {outside}]}}}}\n")
     assert RAN == []
+
+
+def test_a_missing_extra_is_told_before_anything_starts(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Toy, "needs_transformers", True)
+    said = r'^stage `a` needs transformers, which is not installed: pip install "weightsmith\[hf\]"$'
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(MissingExtraError, match=said):
+            run("stages: {a: {toy: {}}}")
+    assert RAN == []
+    run("stages: {a: {toy: {}}}")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert statuses(run("stages: {a: {toy: {}}}")) == {"a": "reused"}
 
 
 def test_a_stages_seed_comes_from_the_recipes_seed_and_its_own_name(run):

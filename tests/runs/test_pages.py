@@ -47,6 +47,7 @@ def test_merged_keys_count_like_written_ones(tmp_path):
         ("a:\n  b: !!python/object:os.system 1\n", r"page\.yaml:2: a\.b: the tag .*python.* is not allowed"),
         ("a:\n  1: x\n", r"page\.yaml:2: 1: keys must be text"),
         ("a: *nobody\n", r"page\.yaml:1: not valid YAML: "),
+        ("a: " + "[" * 600, r"page\.yaml: nested too deeply"),
     ],
 )
 def test_a_wrong_page_is_one_line_with_its_place(tmp_path, text, message):
@@ -54,6 +55,15 @@ def test_a_wrong_page_is_one_line_with_its_place(tmp_path, text, message):
         parse(write(tmp_path, text))
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_a_few_lines_of_aliases_that_stand_for_very_many_values_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("weightsmith.runs.pages._MOST_VALUES", 1000)
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{name}: &{name} [{', '.join(9 * ['*' + below])}]" for below, name in ("ab", "bc", "cd")]
+    assert len(parse(write(tmp_path, "\n".join(lines[:2]))).value["b"]) == 9
+    with pytest.raises(PageError, match=r"page\.yaml:\d: \S+: more than 1,000 values"):
+        parse(write(tmp_path, "\n".join(lines)))
 
 
 def test_a_page_that_is_not_text_names_the_line(tmp_path):

@@ -87,8 +87,9 @@ def test_a_run_killed_at_random_moments_reaches_the_same_weights(undisturbed, co
 
 
 @pytest.mark.slow
-def test_a_hundred_kills_change_nothing(undisturbed, config_folder, forks, tmp_path):
-    check_kills(forks, CONFIG, config_folder, weights(undisturbed.checkpoint), tmp_path, kills=100, seed=1)
+@pytest.mark.timeout(7200)
+def test_a_thousand_kills_change_nothing(undisturbed, config_folder, forks, tmp_path):
+    check_kills(forks, CONFIG, config_folder, weights(undisturbed.checkpoint), tmp_path, kills=1000, seed=1)
 
 
 @contextlib.contextmanager

@@ -179,6 +179,24 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of `folder`; empty where there is none.
+
+    Raises:
+        CheckpointError: it is not JSON, or the keys that say what the model is are not what they should be.
+        SystemFault: it can't be read.
+    """
+    path = folder / "config.json"
+    config = read_object(path) if path.is_file() else {}
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(f"{path}: architectures: {names!r}, expected a list of names")
+    for key, kind, wanted in (("model_type", str, "a name"), ("text_config", dict, "an object")):
+        if not isinstance(config.get(key), kind | None):
+            raise CheckpointError(f"{path}: {key}: {config[key]!r}, expected {wanted}")
+    return config
+
+
 class OpenFiles:
     """The descriptors of a checkpoint's weight files, and the tensors their headers promise."""
 
@@ -276,6 +294,9 @@ def _no_weights(folder: Path) -> str:
         return (
             f"{folder}: holds GGUF weights; expected safetensors ({WEIGHTS_FILE}, or shards with their index)"
         )
+    if os.path.lexists(folder / WEIGHTS_FILE):
+        what = "a link to nothing" if (folder / WEIGHTS_FILE).is_symlink() else "not a file"
+        return f"{folder / WEIGHTS_FILE}: {what}; expected the weights"
     stray = [name for name in names if name.endswith(".safetensors")]
     found = f"found {stray[0]} but no index" if stray else "found none"
     return f"{folder}: no weights: expected {WEIGHTS_FILE} or {INDEX_FILE}, {found}"

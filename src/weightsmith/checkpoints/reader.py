@@ -103,8 +103,7 @@ class Checkpoint:
                 from weightsmith.checkpoints.adapter import open_adapter
 
                 return open_adapter(folder, name, base, offline=offline)
-            config = folder / "config.json"
-            values = folders.read_object(config) if config.is_file() else {}
+            values = folders.read_config(folder)
             side_files = folders.side_files(folder)
             files = folders.open_weights(folder)
         return Checkpoint(

@@ -39,11 +39,11 @@ def register(app: typer.Typer) -> None:
 def _show(node: Trace, lead: str = "", branch: str = "") -> None:
     made = f"{node.method}({_options(node)})" if node.method else "origin unknown"
     state = {"full": "verified", "quick": "samples verified", "": "not verified"}[node.verified]
-    place = f"{node.found} ({state})" if node.found else "not found"
+    place = f"{node.found} ({state})" if node.found else node.note or "not found"
     typer.echo(f"{lead}{branch}{node.role} {node.name}: {made}")
     below = lead + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch]
     typer.echo(f"{below}{'│' if node.inputs else ' '}    {node.fingerprint}  {place}")
-    if node.note:
+    if node.note and node.found:
         typer.echo(f"{below}{'│' if node.inputs else ' '}    {node.note}")
     for index, child in enumerate(node.inputs):
         _show(child, below, "└─ " if index == len(node.inputs) - 1 else "├─ ")

@@ -258,10 +258,11 @@ def output_dtype(body: Mapping[str, Any], page: Page | None) -> str | None:
 
 
 def _input(entry: Any, keys: Keys, method: type, page: Page | None) -> Input:
-    if isinstance(entry, str | Path):
-        return Input(str(entry), keys=keys)
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("model"), str | Path):
+    model = entry.get("model") if isinstance(entry, Mapping) else entry
+    if not isinstance(model, str | Path) or not str(model).strip():
         fail(page, keys, f"expected a path, or {{model: path, ...}}, found {entry!r}")
+    if not isinstance(entry, Mapping):
+        return Input(str(model), keys=keys)
     known = [key for key in schema(method) if is_per_model(method, key)]
     for key in entry:
         if key != "model" and page_key(key) not in known:
@@ -272,7 +273,7 @@ def _input(entry: Any, keys: Keys, method: type, page: Page | None) -> Input:
     for key, value in parsed.items():
         if isinstance(value, EachModel):
             fail(page, (*keys, key), "takes one value here; over the depth: {gradient: [...]}")
-    return Input(str(entry["model"]), parsed, keys=keys)
+    return Input(str(model), parsed, keys=keys)
 
 
 def _seed(body: Mapping[str, Any], page: Page | None) -> int:

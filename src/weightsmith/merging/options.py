@@ -6,6 +6,7 @@ what was wanted. Ranges belong to the method: its `__post_init__` calls `check_r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -131,7 +132,8 @@ def check_type(key: str, value: Any, wanted: Any) -> Any:
             return None
     elif wanted is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            with contextlib.suppress(OverflowError):  # a whole number beyond all floats
+                return float(value)
     elif dataclasses.is_dataclass(wanted):
         if isinstance(value, wanted):
             return value

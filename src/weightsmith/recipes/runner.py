@@ -10,6 +10,7 @@ A stage that fails takes down what depends on it and nothing else. Whatever stop
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from weightsmith.errors import WeightsmithError
+from weightsmith.errors import WeightsmithError, require
 from weightsmith.recipes.executors import Executor, Outcome, Processes
 from weightsmith.recipes.inputs import Inputs
 from weightsmith.recipes.page import Page, load_page
@@ -111,12 +112,14 @@ def run_recipe(
         CheckpointError: a model from outside the recipe can't be read; nothing was started.
         RunFailed: a stage failed; all that don't depend on it have been run.
         SystemFault: the run's folder can't be written, or will not hold what the plan says.
+        MissingExtraError: a stage needs a package that is not installed; nothing was started.
     """
     page = page if isinstance(page, Page) else load_page(page)
     folder = Path(root) / page.name
     executor = executor or Processes(jobs or min(2, cores()))
     plan = plan or plan_run(page, root=root, jobs=executor.jobs)
     plan.check_disk()
+    _check_extras(page, plan)
     started = time.perf_counter()
     with FolderLock(folder, on_wait=say):
         write_text(folder / "recipe.yaml", page.text)
@@ -134,6 +137,14 @@ def run_recipe(
     if any(stage.status == "failed" for stage in result.stages):
         raise RunFailed(result)
     return result
+
+
+def _check_extras(page: Page, plan: RunPlan) -> None:
+    for stage in plan.stages:
+        needed = stage.status != "reuse" and page.stages[stage.stage].config.needs_transformers
+        # Looked for first: importing it here would take seconds.
+        if needed and importlib.util.find_spec("transformers") is None:
+            require("transformers", extra="hf", needed_by=f"stage `{stage.stage}`")
 
 
 class _Run:

@@ -6,12 +6,15 @@ lists and scalars; `Source.line` gives the line of any key.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from weightsmith.errors import PageError
+
+_MOST_VALUES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,12 @@ def parse(path: str | Path) -> Source:
         raise PageError.at(path, line, "", "not UTF-8 text") from problem
     try:
         node = YAML(typ="rt").load(text)
+        if node is None:
+            raise PageError.at(path, None, "", "the page is empty")
+        source = Source(path, text, None, node)
+        return Source(path, text, _plain(source, node, (), itertools.count()), node)
+    except RecursionError as problem:
+        raise PageError.at(path, None, "", "nested too deeply") from problem
     except DuplicateKeyError as problem:
         name = str(problem.problem).partition('"')[2].partition('"')[0]
         raise PageError.at(path, _mark(problem), name, "is given twice") from problem
@@ -72,23 +81,23 @@ def parse(path: str | Path) -> Source:
         raise PageError.at(path, _mark(problem), "", f"not valid YAML: {what}") from problem
     except YAMLError as problem:
         raise PageError.at(path, None, "", f"not valid YAML: {' '.join(str(problem).split())}") from problem
-    if node is None:
-        raise PageError.at(path, None, "", "the page is empty")
-    source = Source(path, text, None, node)
-    return Source(path, text, _plain(source, node, ()), node)
 
 
-def _plain(source: Source, node: Any, keys: tuple[str | int, ...]) -> Any:
+def _plain(source: Source, node: Any, keys: tuple[str | int, ...], counted: Iterator[int]) -> Any:
     from ruamel.yaml.scalarbool import ScalarBoolean
 
+    if next(counted) == _MOST_VALUES:  # a few lines of aliases can stand for more than any memory holds
+        raise PageError.at(
+            source.path, source.line(keys), ".".join(map(str, keys)), f"more than {_MOST_VALUES:,} values"
+        )
     if isinstance(node, Mapping):
         for key in node:
             if not isinstance(key, str):
                 line = source.line((*keys, key))
                 raise PageError.at(source.path, line, str(key), "keys must be text; put it in quotes")
-        return {str(key): _plain(source, value, (*keys, str(key))) for key, value in node.items()}
+        return {str(key): _plain(source, value, (*keys, str(key)), counted) for key, value in node.items()}
     if isinstance(node, list):
-        return [_plain(source, value, (*keys, index)) for index, value in enumerate(node)]
+        return [_plain(source, value, (*keys, index), counted) for index, value in enumerate(node)]
     # ruamel's scalars are subclasses that remember their spelling (0x10, 1_000, 1e-3); the value is what
     # counts.
     if node is None or isinstance(node, bool | ScalarBoolean):

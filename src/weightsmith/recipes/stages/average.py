@@ -32,6 +32,7 @@ class Average:
     makes_model: ClassVar[bool] = True
     needs_weights: ClassVar[bool] = True
     needs_torch: ClassVar[bool] = False
+    needs_transformers: ClassVar[bool] = False
 
     def references(self) -> Sequence[Reference]:
         """See `contract.Stage`."""

@@ -129,7 +129,12 @@ class Stage(Protocol):
 
     @property
     def needs_torch(self) -> bool:
-        """Whether its process needs torch and transformers."""
+        """Whether its process needs torch."""
+        ...
+
+    @property
+    def needs_transformers(self) -> bool:
+        """Whether it needs the packages of the extra `hf`."""
         ...
 
     def forecast(self, models: Mapping[str, Path], workspace: Workspace) -> Forecast:

@@ -47,6 +47,7 @@ class Evaluate:
     makes_model: ClassVar[bool] = False
     needs_weights: ClassVar[bool] = True
     needs_torch: ClassVar[bool] = True
+    needs_transformers: ClassVar[bool] = True
 
     def references(self) -> Sequence[Reference]:
         """See `contract.Stage`."""

@@ -91,6 +91,11 @@ class Merge:
         """Trials are scored, spectral methods factorise."""
         return bool(self.extras.search) or self._is_spectral
 
+    @property
+    def needs_transformers(self) -> bool:
+        """Trials are scored."""
+        return bool(self.extras.search)
+
     def references(self) -> Sequence[Reference]:
         """The base, then the models; an adapter `model+adapter` counts as both."""
         return [Reference(keys, part) for keys, words in _model_words(self.body) for part in _parts(words)]

@@ -37,6 +37,7 @@ class TrainingStage:
 
     makes_model: ClassVar[bool] = True
     needs_torch: ClassVar[bool] = True
+    needs_transformers: ClassVar[bool] = True
 
     def references(self: Any) -> Sequence[Reference]:
         """The one model."""

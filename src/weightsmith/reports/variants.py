@@ -131,9 +131,8 @@ def _chart(members: Sequence[Stage], curves: Sequence[Curve], what: str) -> Mark
     values = [value for curve in curves for step, value in curve if step >= late]
     x, y = scales(steps, values, width=WIDTH, height=HEIGHT)
     body = axes(x, y, "step", width=WIDTH, height=HEIGHT)
-    low, high = sorted((y(y.low), y(y.high)))
     for index, curve in enumerate(curves):
-        points = [(x(step), min(max(y(value), low), high)) for step, value in curve]
+        points = [(x(step), y(value)) for step, value in curve if y.low <= value <= y.high]
         some = points[:: max(1, len(points) // 300)] + points[-1:]
         body.append(drawing.path(some, f"series s{index % COLOURS}"))
     names = ", ".join(stage.name for stage in members)

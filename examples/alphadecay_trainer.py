@@ -9,8 +9,8 @@ Trainer's own `weight_decay`.
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from weightsmith.reports import plot_decay
 from weightsmith.training import AlphaDecayCallback
-from weightsmith.training.alphadecay.plot import plot
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
 
     for name, value in list(callback.decay.weight_decays().items())[:7]:
         print(f"{name}: alpha {callback.decay.alphas()[name]:.2f}, decay {value:.2f}")
-    plot("counting/alphadecay.jsonl", "counting/alphadecay.svg")
+    plot_decay("counting/alphadecay.jsonl", "counting/alphadecay.svg")
     print("counting/alphadecay.svg")
 
 

@@ -72,6 +72,8 @@ def _default(field: Any) -> str:
         return "required"
     if value is None:
         return "–"
+    if dataclasses.is_dataclass(value):
+        return "see below"
     if isinstance(value, tuple | list):
         return f"`[{', '.join(map(str, value))}]`" if value else "`[]`"
     words = {True: "true", False: "false"}.get(value, value) if isinstance(value, bool) else value

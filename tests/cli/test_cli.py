@@ -177,3 +177,49 @@ def test_a_closed_pipe_ends_quietly(models):
 
 def test_completion_is_offered():
     assert "complete" in weightsmith("--show-completion", "bash").stdout.lower()
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory):
+    """A run's folder with four states whose weights are their step."""
+    folder = tmp_path_factory.mktemp("run")
+    for step in (10, 20, 30, 40):
+        state = folder / f"checkpoint-{step}"
+        state.mkdir()
+        (state / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        weights = {"model.layers.0.w": np.full((4, 4), float(step), np.float32)}
+        save_file(weights, state / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "mean"),
+    [
+        ((), 25.0),
+        (("--last", "2"), 35.0),
+        (("--every", "2"), 30.0),
+        (("--method", "lawa", "--select", "3"), 30.0),
+        (("--method", "ema", "--decay", "0.5"), 10 / 8 + 20 / 8 + 30 / 4 + 40 / 2),
+    ],
+)
+def test_average_takes_the_states_of_a_runs_folder(states, tmp_path, options, mean):
+    from safetensors.numpy import load_file
+
+    done = weightsmith("average", states, tmp_path / "out", *options)
+    assert done.returncode == 0, done.stderr
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.w"][0, 0] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--method", "lawa", "--decay", "0.5"), "error: --decay: lawa has no such option"),
+        (("--method", "lawa", "--select", "9"), "num_select must be in 1..4"),
+        (("--method", "sewa", "--select", "2"), "held_out: sewa measures losses"),
+    ],
+)
+def test_options_of_average_that_cannot_be_heeded_are_told(states, tmp_path, options, message):
+    done = weightsmith("average", states, tmp_path / "out", *options)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -27,9 +27,8 @@ stages:
 """
 
 
-@pytest.fixture
-def recipe(tmp_path) -> Path:
-    """The page's file, beside its data and a model folder without weights."""
+def small_model(folder: Path) -> Path:
+    """A model folder without weights and two files of data, in `folder`."""
     from weightsmith.testbed import model_files
 
     files = model_files("xs")
@@ -37,11 +36,18 @@ def recipe(tmp_path) -> Path:
     config.update(hidden_size=16, intermediate_size=32, num_hidden_layers=2, head_dim=8)
     config.update(num_attention_heads=2, num_key_value_heads=2)
     files["config.json"] = json.dumps(config, indent=2, sort_keys=True)
-    (tmp_path / "model").mkdir()
+    (folder / "model").mkdir()
     for name, text in files.items():
-        (tmp_path / "model" / name).write_text(text)
-    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
-    (tmp_path / "b.txt").write_text("0123456789 9876543210\n" * 60)
+        (folder / "model" / name).write_text(text)
+    (folder / "a.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    (folder / "b.txt").write_text("0123456789 9876543210\n" * 60)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    """The page's file, beside its data and a model folder without weights."""
+    small_model(tmp_path)
     page = tmp_path / "tiny.yaml"
     page.write_text(RECIPE.replace("FOLDER", str(tmp_path)))
     return page

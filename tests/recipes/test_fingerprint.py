@@ -97,7 +97,7 @@ def test_a_new_file_of_a_reachable_room_counts(package):
     [
         ("train", {"training", "testbed", "evaluation", "checkpoints", "tensors", "runs"}),
         ("finetune", {"training", "testbed", "evaluation", "checkpoints", "tensors", "runs"}),
-        ("average", {"merging", "checkpoints", "tensors", "runs"}),
+        ("average", {"merging", "training", "testbed", "evaluation", "checkpoints", "tensors", "runs"}),
         ("merge", {"merging", "testbed", "evaluation", "checkpoints", "tensors", "runs"}),
         ("evaluate", {"testbed", "evaluation", "checkpoints", "tensors", "runs"}),
     ],

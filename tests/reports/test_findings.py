@@ -79,8 +79,8 @@ def test_without_merges_the_best_model_is_named(told):
     none = dict.fromkeys(("uniform", "arithmetic", "ties", "tsvm", "resm", "joint"))
     words, _ = told(**none)
     assert words == (
-        "On the test split, english has the lowest mean bits per character of 5 models: 2.055. "
-        "The run has no merge to compare."
+        "On the test split, english has the lowest mean bits per character of 5 models: 2.055 against 2.088 "
+        "for the base (−1.6 %)."
     )
 
 

@@ -13,13 +13,14 @@ import pytest
 from weightsmith.errors import InputError, SystemFault
 from weightsmith.reports import write_report
 
-from .made_runs import RunFolder, half_done, many_stages, quickstart, skills_of_a_users_models
+from .made_runs import RunFolder, half_done, many_stages, quickstart, skills_of_a_users_models, ways
 
 RUNS = {
     "quickstart": quickstart,
     "half done": half_done,
     "own models": skills_of_a_users_models,
     "many": many_stages,
+    "ways": ways,
 }
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 

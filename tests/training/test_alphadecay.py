@@ -13,7 +13,6 @@ from weightsmith.errors import InputError
 from weightsmith.runs.atomic import read_lines
 from weightsmith.tensors.esd import alpha_hill
 from weightsmith.training import AlphaDecay
-from weightsmith.training.alphadecay.plot import plot, series
 
 WIDTH, HIDDEN = 12, 20
 
@@ -610,20 +609,24 @@ def test_detaching_gives_uniform_decay_back():
         assert torch.equal(ours, theirs)
 
 
-def test_the_plot_draws_a_line_for_each_matrix_and_is_the_same_every_time(tmp_path):
+def test_each_look_at_the_spectra_is_a_line_of_the_log_and_a_record_of_the_history(tmp_path):
     model = net()
     optimizer = adamw(model)
     decay = decay_for(model, optimizer, log_file=tmp_path / "log.jsonl")
     train(model, optimizer, 7)
-    lines = series(decay.history, "alpha")
-    assert set(lines) == set(PROJECTIONS)
-    assert [step for step, _ in lines[PROJECTIONS[0]]] == [0, 3, 6]
-    svg = plot(tmp_path / "log.jsonl", tmp_path / "plot.svg")
-    assert svg == plot(decay.history)
-    assert (tmp_path / "plot.svg").read_text() == svg
-    assert "q_proj" in svg
-    with pytest.raises(InputError, match="no look at the spectra"):
-        plot([])
+    assert [record["step"] for record in decay.history] == [0, 3, 6]
+    assert all(set(record["alpha"]) == set(PROJECTIONS) for record in decay.history)
+    assert read_lines(tmp_path / "log.jsonl") == decay.history
+
+
+def test_a_two_pass_optimizer_is_decayed_through_its_groups_only():
+    from weightsmith.training import SAM
+
+    model = net()
+    optimizer = SAM(model.parameters(), torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+    assert decay_for(model, optimizer).mode == "groups"
+    with pytest.raises(InputError, match=r"steps from a copy of the weights.*take mode `groups`"):
+        decay_for(model, optimizer, mode="decoupled")
 
 
 def test_the_report_names_every_matrix_of_the_model():

@@ -210,7 +210,7 @@ def test_metrics_tell_steps_tokens_and_falling_loss(undisturbed, config_folder, 
     assert [line["tokens"] for line in lines] == [480, 960, 1200]
     assert result.tokens == 1200
     assert lines[0]["loss"] > lines[-1]["loss"] == pytest.approx(result.loss)
-    assert set(lines[0]) == {"step", "loss", "learning_rate", "tokens", "seconds"}
+    assert set(lines[0]) == {"step", "loss", "learning_rate", "grad_norm", "tokens", "seconds"}
     assert lines[0]["seconds"] < lines[1]["seconds"] < lines[2]["seconds"]
 
 
@@ -304,7 +304,7 @@ def test_replay_of_a_stranger_must_be_told(gpt2):
 
 def test_a_loss_that_is_no_number_ends_the_run_with_one_line(config_folder, tmp_path):
     config = TrainConfig(
-        data="docs", steps=30, learning_rate=1e18, warmup_steps=0, log_every=1, max_grad_norm=0, **SMALL
+        data="docs", steps=30, learning_rate=1e18, warmup_steps=0, log_every=1, clip=0.0, **SMALL
     )
     with pytest.raises(
         InputError, match=r"step \d+: the loss is (nan|inf); lower learning_rate \(now 1e\+18\)"

@@ -85,7 +85,8 @@ def _show_plan(plan: RunPlan, as_json: bool) -> None:
     total = plan.total
     typer.echo(
         f"to do, {plan.jobs} at once: {output.size(total.memory_bytes)} of memory, "
-        f"{output.size(total.disk_bytes)} of disk, about {output.duration(total.seconds)}"
+        f"{output.size(total.disk_bytes)} of disk and {output.size(total.scratch_bytes)} more meanwhile, "
+        f"about {output.duration(total.seconds)}"
     )
 
 

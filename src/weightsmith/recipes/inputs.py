@@ -38,8 +38,8 @@ class Inputs:
         for reference in entry.config.references():
             value = reference.value
             if value in self.page.stages:
-                models[value] = self.folder / "stages" / value / records[value].outputs["checkpoint"]
-                digests[value] = records[value].digests["checkpoint"]
+                models[value] = self.folder / "stages" / value / records[value].outputs[reference.output]
+                digests[value] = records[value].digests[reference.output]
             elif self.is_testbed(value):
                 digests[value] = value  # its content follows from the code, which counts already
             else:

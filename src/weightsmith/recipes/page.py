@@ -150,6 +150,12 @@ class _Reader:
                 stages.append(value)
                 if value in entries and value not in makers:
                     self._say(keys, f"`{value}` makes no model: it is an `{entries[value].kind}` stage")
+                elif reference.output == "states" and not _keeps_states(entries.get(value)):
+                    self._say(keys, f"`{value}` keeps no states; give it `average: keep`")
+            elif reference.output == "states":
+                self._say(
+                    keys, f"`{value}` is no stage above{nearest(value, makers)}; folders go into `models`"
+                )
             elif problem := problem_with(value, makers, needs_weights=config.needs_weights):
                 self._say(keys, problem)
         return tuple(dict.fromkeys(stages))
@@ -159,3 +165,8 @@ class _Reader:
         # The kind is left out of the shown key: users think `stages.merged.density`.
         shown = show(keys[:2] + keys[3:]) if keys[:1] == ("stages",) and len(keys) > 3 else show(keys)
         self.problems.append((line, str(PageError.at(self.source.path, line, shown, text))))
+
+
+def _keeps_states(entry: Entry | None) -> bool:
+    """Whether a stage does; one that is wrong itself has said so already."""
+    return entry is None or bool(getattr(entry.config, "keeps_states", False))

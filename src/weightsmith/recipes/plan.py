@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -65,8 +65,8 @@ class RunPlan:
 
     @property
     def total(self) -> Prediction:
-        """Cost of what is left to do: the `jobs` largest stages in memory together, all new disk, the whole
-        time.
+        """Cost of what is left to do: the `jobs` largest stages in memory and in scratch space together, all
+        new disk, the whole time.
         """
         left = [stage for stage in self.stages if stage.status != "reuse"]
         largest = sorted((stage.prediction.memory_bytes for stage in left), reverse=True)
@@ -74,6 +74,7 @@ class RunPlan:
             memory_bytes=sum(largest[: self.jobs]),
             disk_bytes=sum(stage.prediction.disk_bytes for stage in left),
             seconds=_makespan(self.stages, self.jobs),
+            scratch_bytes=sum(sorted((s.prediction.scratch_bytes for s in left), reverse=True)[: self.jobs]),
         )
 
     def check_disk(self) -> None:
@@ -86,10 +87,11 @@ class RunPlan:
         while not place.exists():
             place = place.parent
         disk = os.statvfs(place)
-        free, needed = disk.f_bavail * disk.f_frsize, self.total.disk_bytes
-        if free < needed:
+        free, total = disk.f_bavail * disk.f_frsize, self.total
+        if free < total.disk_bytes + total.scratch_bytes:
             raise SystemFault(
-                f"{self.folder}: the stages will write {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+                f"{self.folder}: the stages will write {total.disk_bytes / 1e9:.2f} GB and need "
+                f"{total.scratch_bytes / 1e9:.2f} GB meanwhile, {free / 1e9:.2f} GB are free; "
                 "nothing was started"
             )
 
@@ -119,7 +121,7 @@ class _Planner:
         self.page, self.folder, self.scratch = page, folder, scratch
         self.inputs = Inputs(page, folder)
         self.records: dict[str, Record] = {}
-        self.models: dict[str, Path] = {}
+        self.outputs: dict[str, dict[str, Path]] = {}
 
     def plan(self, entry: Entry) -> StagePlan:
         try:
@@ -138,10 +140,13 @@ class _Planner:
             status = "resume" if is_resumable(job.folder, job.fingerprint) else "run"
         forecast = self._forecast(entry)
         if forecast.model is not None:
-            self.models[entry.name] = forecast.model
+            self.outputs[entry.name] = {
+                "checkpoint": forecast.model,
+                "states": forecast.model.parent / "states",
+            }
         prediction = forecast.prediction
         if before := self._same_work(entry):
-            prediction = Prediction(before.peak_bytes, prediction.disk_bytes, before.seconds)
+            prediction = replace(prediction, memory_bytes=before.peak_bytes, seconds=before.seconds)
         return StagePlan(
             stage=entry.name,
             kind=entry.kind,
@@ -162,8 +167,7 @@ class _Planner:
 
     def _reused(self, entry: Entry, record: Record) -> StagePlan:
         self.records[entry.name] = record
-        if "checkpoint" in record.outputs:
-            self.models[entry.name] = self._folder(entry) / record.outputs["checkpoint"]
+        self.outputs[entry.name] = {name: self._folder(entry) / path for name, path in record.outputs.items()}
         size = sum(_size(self._folder(entry) / path) for path in record.outputs.values())
         return StagePlan(
             stage=entry.name,
@@ -177,9 +181,10 @@ class _Planner:
 
     def _forecast(self, entry: Entry) -> Forecast:
         models = {}
-        for value in _models(entry):
+        for reference in entry.config.references():
+            value = reference.value
             if value in self.page.stages:
-                models[value] = self.models[value]
+                models[value] = self.outputs[value][reference.output]
             elif not self.inputs.is_testbed(value):
                 models[value] = self.inputs.outside(value, entry.config.needs_weights)[0]
         workspace = Workspace(self.scratch / entry.name, entry.name, derive(self.page.seed, entry.name))

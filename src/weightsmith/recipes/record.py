@@ -80,7 +80,8 @@ def is_intact(folder: Path, record: Record) -> bool:
 
 
 def content_digest(path: Path) -> str:
-    """Stands for the content of an output: of one file, or of all files of a checkpoint folder.
+    """Stands for the content of an output: of one file, of all files of a checkpoint folder, or of a folder
+    of checkpoints.
 
     Raises:
         CheckpointError: the folder is no readable checkpoint.
@@ -91,6 +92,10 @@ def content_digest(path: Path) -> str:
     if (path / "adapter_config.json").is_file():
         # An adapter can't be opened without its base, and is small.
         return digest({file.name: file_digest(file) for file in sorted(path.iterdir()) if file.is_file()})
+    if not (path / "config.json").is_file() and (
+        inner := [entry for entry in path.iterdir() if entry.is_dir()]
+    ):
+        return digest({folder.name: content_digest(folder) for folder in sorted(inner)})
     from weightsmith.checkpoints import Checkpoint
 
     weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))

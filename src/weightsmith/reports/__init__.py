@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["write_report"]
+__all__ = ["plot_decay", "write_report"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from weightsmith.reports.page import write_report
 
         return write_report
+    if name == "plot_decay":
+        from weightsmith.reports.decay import plot_decay
+
+        return plot_decay
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,9 +43,9 @@ def loss_panel(stage: Stage) -> Panel | None:
     raw = sorted(loss for _, loss in points)
     low = min(raw[int(0.005 * len(raw))], *smooth)
     high = max(raw[min(len(raw) - 1, int(0.995 * len(raw)))], *smooth)
-    x, y = _scales([step for step, _ in points], [low, high])
-    body = _axes(x, y, "step", "")
-    body.append(drawing.path(_thinned(points, x, y), "raw"))
+    x, y = scales([step for step, _ in points], [low, high])
+    body = axes(x, y, "step")
+    body.append(drawing.path(thinned(points, x, y), "raw"))
     middle = [(x(step), y(loss)) for (step, _), loss in zip(points, smooth, strict=True)]
     body.append(drawing.path(middle[:: max(1, len(middle) // MAX_POINTS)] + middle[-1:], "smooth"))
     body.append(drawing.dot(*middle[-1], 3.2, "end"))
@@ -127,8 +127,8 @@ def _search_curve(
     points = sorted((float(options[option]), score) for options, score in trials)
     values, scores = [value for value, _ in points], [score for _, score in points]
     log = min(values) > 0 and max(values) / min(values) > 20
-    x, y = _scales(values, scores, log=log)
-    body = _axes(x, y, option, "", at=values if len(values) <= 6 else None)
+    x, y = scales(values, scores, log=log)
+    body = axes(x, y, option, at=values if len(values) <= 6 else None)
     body.append(drawing.path([(x(value), y(score)) for value, score in points], "smooth"))
     for value, score in points:
         here = chosen is not None and float(chosen[option]) == value
@@ -150,8 +150,8 @@ def _search_list(
 ) -> Markup:
     """Several options varied at once: a dot per trial on one scale, in the order tried."""
     scores = [score for _, score in trials]
-    x, y = _scales([1, len(trials)], scores)
-    body = _axes(x, y, "trial", "")
+    x, y = scales([1, len(trials)], scores)
+    body = axes(x, y, "trial")
     words = ""
     for index, (options, score) in enumerate(trials, start=1):
         tip = ", ".join(f"{key} {_option_words(options.get(key))}" for key in varied)
@@ -165,33 +165,44 @@ def _search_list(
     return drawing.svg(WIDTH, HEIGHT, title, body, css="plot", detail=detail)
 
 
-def _scales(
-    xs: Sequence[float], ys: Sequence[float], log: bool = False
+def scales(
+    xs: Sequence[float],
+    ys: Sequence[float],
+    log: bool = False,
+    *,
+    width: float = WIDTH,
+    height: float = HEIGHT,
 ) -> tuple[drawing.Scale, drawing.Scale]:
+    """Scales of a chart of that size that hold all values."""
     low, high = min(ys), max(ys)
     pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    x = drawing.Scale(min(xs), max(xs), LEFT + 6, WIDTH - RIGHT - 6, log)
-    return x, drawing.Scale(low - pad, high + pad, HEIGHT - BOTTOM, TOP)
+    x = drawing.Scale(min(xs), max(xs), LEFT + 6, width - RIGHT - 6, log)
+    return x, drawing.Scale(low - pad, high + pad, height - BOTTOM, TOP)
 
 
-def _axes(
-    x: drawing.Scale, y: drawing.Scale, x_words: str, y_words: str, at: Sequence[float] | None = None
+def axes(
+    x: drawing.Scale,
+    y: drawing.Scale,
+    x_words: str,
+    at: Sequence[float] | None = None,
+    *,
+    width: float = WIDTH,
+    height: float = HEIGHT,
 ) -> list[str]:
-    body = []
+    """Grid and ticks; `at` are the ticks of the x axis."""
+    body, bottom, right = [], height - BOTTOM, width - RIGHT
     for value in drawing.ticks(y.low, y.high, 5):
-        body.append(drawing.line(LEFT, y(value), WIDTH - RIGHT, y(value), "grid"))
+        body.append(drawing.line(LEFT, y(value), right, y(value), "grid"))
         body.append(drawing.text(LEFT - 6, y(value) + 3.5, drawing.number(value), "tick", "end"))
     for value in at or drawing.ticks(x.low, x.high, 5):
-        body.append(drawing.line(x(value), HEIGHT - BOTTOM, x(value), HEIGHT - BOTTOM + 4, "axis"))
-        body.append(drawing.text(x(value), HEIGHT - BOTTOM + 15, drawing.number(value), "tick", "middle"))
-    body.append(drawing.line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "axis"))
-    body.append(drawing.text(WIDTH - RIGHT, HEIGHT - 4, x_words, "tick", "end"))
-    if y_words:
-        body.append(drawing.text(4, TOP - 8, y_words, "tick"))
+        body.append(drawing.line(x(value), bottom, x(value), bottom + 4, "axis"))
+        body.append(drawing.text(x(value), bottom + 15, drawing.number(value), "tick", "middle"))
+    body.append(drawing.line(LEFT, bottom, right, bottom, "axis"))
+    body.append(drawing.text(right, height - 4, x_words, "tick", "end"))
     return body
 
 
-def _thinned(
+def thinned(
     points: Sequence[tuple[float, float]], x: drawing.Scale, y: drawing.Scale
 ) -> list[tuple[float, float]]:
     """Pixels of a curve; of a long one the lowest and highest value of each stretch, so that spikes stay."""

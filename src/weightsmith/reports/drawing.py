@@ -8,8 +8,10 @@ same bytes on every machine.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 
 from markupsafe import Markup, escape
 
@@ -26,6 +28,20 @@ def svg(
     name = escape(title)
     head = f'<svg class="{css}" {area} role="img" aria-label="{name}"><title>{name}</title>'
     return Markup(f"{head}{detail}{''.join(body)}</svg>")
+
+
+def stacked(charts: Sequence[Markup]) -> str:
+    """Charts one below the other as one SVG that stands alone, with the page's style inside."""
+    style = resources.files("weightsmith.reports").joinpath("page.css").read_text(encoding="utf-8")
+    parts, top, widest = [], 0.0, 0.0
+    for chart in charts:
+        match = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', chart)
+        assert match
+        parts.append(str(chart).replace("<svg ", f'<svg y="{at(top)}" ', 1))
+        top, widest = top + float(match[2]) + 12, max(widest, float(match[1]))
+    area = f'viewBox="0 0 {at(widest)} {at(top)}" width="{at(widest)}" height="{at(top)}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {area}><style>{escape(style)}</style>'
+    return f'{head}<rect width="100%" height="100%" fill="var(--paper)"/>{"".join(parts)}</svg>\n'
 
 
 def text(x: float, y: float, words: object, css: str = "", anchor: str = "start") -> str:

@@ -157,11 +157,16 @@ def _without_merges(table: ScoreTable, index: int) -> list[Markup]:
     best, value = ranked[0], _value(column, ranked[0].cells[index])
     if len(ranked) == 1:
         return [Markup("{}, <b>{}</b> has {} {}.").format(_on_split(table), best.name, value, _what(column))]
-    return [
-        Markup("{}, <b>{}</b> has the {} {} of {} models: {}. The run has no merge to compare.").format(
-            _on_split(table), best.name, _most(column), _what(column), len(ranked), value
-        )
-    ]
+    lead = Markup("{}, <b>{}</b> has the {} {} of {} models: {}").format(
+        _on_split(table), best.name, _most(column), _what(column), len(ranked), value
+    )
+    if table.base is None:
+        return [lead + Markup(". The run has no merge to compare.")]
+    if best is table.base:
+        return [lead + Markup("; nothing that the run tries beats it.")]
+    small = lead_is_small(best.cells[index], table.base.cells[index], column)
+    caution = ". That is too little to call from one run." if small else "."
+    return [lead + _against(table, index, best.cells[index]) + caution]
 
 
 def _ranked(rows: list[Row], index: int, column: Column) -> list[Row]:

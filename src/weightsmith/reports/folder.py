@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from weightsmith.errors import InputError
+from weightsmith.reports.words import choice_name, part_words
 from weightsmith.runs import read_json, read_lines
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 State = Literal["done", "failed", "stopped", "waiting"]
 
 # Keys of a stage whose values name models. Other strings may spell a stage's name by chance: `data: names`.
-MODEL_KEYS = ("model", "base", "base_model", "models", "candidates")
+MODEL_KEYS = ("model", "base", "base_model", "models", "candidates", "states")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,12 @@ class Stage:
 
     @property
     def method(self) -> str:
-        """The merge method; `average` has none on the page because it knows only one."""
+        """The merge method, the way of averaging, or the parts of a training that are switched on."""
         if self.kind == "average":
-            return "uniform average"
+            name = choice_name(self.config.get("method") or "uniform")
+            return "uniform average" if name == "uniform" else name
+        if self.kind in ("train", "finetune"):
+            return ", ".join(part_words(self.config).values())
         return str(self.config.get("method") or self.config.get("merge_method") or "")
 
     @cached_property
@@ -84,6 +88,16 @@ class Stage:
     def search(self) -> Any:
         """`search.json` of a merge stage whose strength was searched on calibration."""
         return self._result("search.json")
+
+    @cached_property
+    def selection(self) -> Any:
+        """Which states an average was made of: that of a training, or of an `average` stage."""
+        return self._result("selection.json") or self._result("checkpoint/weightsmith/selection.json")
+
+    @cached_property
+    def decays(self) -> list[dict[str, Any]]:
+        """Lines of `alphadecay.jsonl`: exponents and decays of matrices by step."""
+        return read_lines(self.folder / "alphadecay.jsonl")
 
     @cached_property
     def lineage(self) -> Lineage | None:

@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 from weightsmith.reports import drawing
 from weightsmith.reports.folder import Run
 from weightsmith.reports.scores import data_of
+from weightsmith.reports.words import part_words
 
 NODE_HEIGHT, PASS_HEIGHT = 44.0, 8.0
 ROW_GAP, COLUMN_GAP, MARGIN = 14.0, 46.0, 6.0
@@ -55,7 +56,10 @@ def draw_graph(run: Run) -> Markup:
     for stage in run.stages:
         node = nodes[stage.name]
         data = data_of(stage)
-        detail = stage.method or (data[0] if len(data) == 1 else f"{len(data)} data sets" if data else "")
+        several = f"{len(data)} data sets" if data else ""
+        # Parts of a training by name: their options would not fit.
+        parts = ", ".join(words.partition(" (")[0] for words in part_words(stage.config).values())
+        detail = parts or stage.method or (data[0] if len(data) == 1 else several)
         node.title = drawing.shorten(stage.name, 24)
         node.subtitle = drawing.shorten(f"{stage.kind} · {detail}" if detail else stage.kind, 30)
         node.css = f"k-{_kind_class(stage.kind)} s-{stage.state}"

@@ -14,13 +14,16 @@ from markupsafe import Markup, escape
 from weightsmith import __version__
 from weightsmith.reports import drawing
 from weightsmith.reports.curves import chosen_options, loss_panel, search_panel
+from weightsmith.reports.decay import draw_decay
 from weightsmith.reports.diagnostics import merge_diagnostics
 from weightsmith.reports.findings import gate, headline
 from weightsmith.reports.folder import Run, Stage, State, read_run
 from weightsmith.reports.graph import draw_graph
 from weightsmith.reports.lineage import family_trees
+from weightsmith.reports.parts import clipping_panels, selection_panels, sharpness_panels
 from weightsmith.reports.scores import ROLE_TITLES, Cell, Row, ScoreTable, score_tables
 from weightsmith.reports.strips import draw_strip
+from weightsmith.reports.variants import comparisons
 from weightsmith.runs import write_text
 
 _UNDONE: dict[State, str] = {"stopped": "Started but not finished", "waiting": "Not started"}
@@ -75,7 +78,12 @@ def render(run: Run) -> str:
         tint=_tint,
         method_words=_method_words,
         graph=draw_graph(run),
+        comparisons=comparisons(run),
         losses=losses,
+        clippings=clipping_panels(run),
+        rises=sharpness_panels(run),
+        decays=[(stage, draw_decay(stage.decays, stage.name)) for stage in run.stages if stage.decays],
+        selections=selection_panels(run),
         searches=searches,
         search_note=searches[0].note if len({panel.note for panel in searches}) == 1 else "",
         diagnostics=merge_diagnostics(run),

@@ -15,13 +15,16 @@ from typing import Any, Literal
 
 from weightsmith.evaluation.score import RANGES
 from weightsmith.reports.folder import Run, Stage
+from weightsmith.reports.variants import groups
 from weightsmith.testbed.tasks import NAMES, expand
 
-Role = Literal["base", "fine-tune", "merge", "control", "model"]
+Role = Literal["base", "training", "fine-tune", "average", "merge", "control", "model"]
 # Of one and of several.
 ROLE_TITLES: dict[Role, tuple[str, str]] = {
     "base": ("Base", "Base"),
+    "training": ("Training from random weights", "Trainings from random weights"),
     "fine-tune": ("Fine-tune", "Fine-tunes"),
+    "average": ("Average of states", "Averages of states, best mean first"),
     "merge": ("Merge", "Merges, best mean first"),
     "control": ("Joint-training control", "Joint-training controls"),
     "model": ("Other model", "Other models"),
@@ -147,7 +150,9 @@ def score_tables(run: Run) -> list[ScoreTable]:
 
 
 def base_of(run: Run, models: Sequence[str]) -> str | None:
-    """The model of `models` that most merges, else most fine-tunes, start from."""
+    """The model of `models` that most merges, else most fine-tunes, start from; else the plainest of several
+    variants of one training, or the run whose states are averaged.
+    """
     for kinds, keys in ((MERGE_KINDS, ("base", "base_model")), (("finetune",), ("model",))):
         used = Counter(
             str(stage.config.get(key)) for stage in run.stages if stage.kind in kinds for key in keys
@@ -155,7 +160,9 @@ def base_of(run: Run, models: Sequence[str]) -> str | None:
         for name, _ in used.most_common():
             if name in models:
                 return name
-    return None
+    plain = [members[0].name for members in groups(run)]
+    averaged = [str(stage.config.get("states")) for stage in run.stages if stage.kind == "average"]
+    return next((name for name in (*plain, *averaged) if name in models), None)
 
 
 def data_of(stage: Stage | None) -> tuple[str, ...]:
@@ -182,9 +189,11 @@ def role_of(run: Run, name: str, base: str | None) -> Role:
     if stage is None:
         return "model"
     if stage.kind in MERGE_KINDS:
-        return "merge"
+        return "average" if stage.config.get("states") else "merge"
     if stage.kind not in TRAINING_KINDS:
         return "model"
+    if stage.kind == "train":
+        return "training"
     read = {model for other in run.stages if other.kind in MERGE_KINDS for model in other.reads} - {base}
     merged = [other for other in run.stages if other.name in read and other.kind in TRAINING_KINDS]
     union = set().union(*(own_tasks(other) for other in merged))
@@ -296,12 +305,13 @@ def _best(
 
 
 def _ordered(rows: list[Row], columns: Sequence[Column]) -> list[Row]:
-    """Base, fine-tunes, merges (best mean first), controls, the rest; page order within the others."""
+    """By role; averages and merges with the best mean first, the others as the page has them."""
     key = next((index for index, column in enumerate(columns) if column.task is None), 0 if columns else None)
     roles = list(ROLE_TITLES)
 
     def place(row: Row) -> tuple[int, float]:
-        value = row.cells[key].value if key is not None and row.role == "merge" else 0.0
+        ranked = key is not None and row.role in ("merge", "average")
+        value = row.cells[key].value if key is not None and ranked else 0.0
         if value is None:
             return roles.index(row.role), math.inf
         better_first = -value if key is not None and columns[key].higher_is_better else value

@@ -13,8 +13,10 @@ class Prediction:
         memory_bytes: Peak resident memory of the process that does it, the interpreter included.
         disk_bytes: Bytes of the finished output on disk.
         seconds: Wall time on this machine.
+        scratch_bytes: Disk needed meanwhile, beside the output, and free again at the end.
     """
 
     memory_bytes: int
     disk_bytes: int
     seconds: float
+    scratch_bytes: int = 0

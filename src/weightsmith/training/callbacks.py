@@ -1,9 +1,10 @@
-"""What happens beside a training step: metrics, progress, layers left out."""
+"""What happens beside a training step: metrics, progress, layers left out, states kept."""
 
 from __future__ import annotations
 
 import math
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,27 @@ from weightsmith.errors import InputError
 from weightsmith.runs.atomic import append_line, read_lines, write_text
 from weightsmith.runs.progress import Progress
 from weightsmith.runs.seeds import derive
+from weightsmith.training.parts import taken_steps
+from weightsmith.training.planning import TrainPlan
+from weightsmith.training.states import state_folder, state_lineage, state_specs
+
+# What the Trainer and the parts call it -> what a line of metrics calls it.
+_FROM_PARTS = {
+    "grad_norm": "grad_norm",
+    "adagc/clip_rate": "clipped",
+    "adagc/min_coef": "smallest_factor",
+    "adagc/nonfinite": "nonfinite",
+    "sam/sharpness": "sharpness",
+}
 
 
 class Metrics(TrainerCallback):
     """Write `metrics.jsonl`, tell the progress, and stop a run whose loss is no number.
 
-    Each line is {"step", "loss", "learning_rate", "tokens", "seconds"}: the mean loss since the line before,
-    tokens of all windows so far, seconds of training so far, those before a kill included.
+    Each line has "step", "loss" (its mean since the line before), "learning_rate", "grad_norm" (of the last
+    step, before clipping), "tokens" (of all windows so far) and "seconds" (of training so far, those before a
+    kill included); with AdaGC the share of norms "clipped" since the line before, the "smallest_factor" and
+    the number of "nonfinite" ones; with two-pass steps the mean "sharpness" since the line before.
 
     Args:
         path: The file.
@@ -70,6 +85,7 @@ class Metrics(TrainerCallback):
             "step": state.global_step,
             "loss": round(self.loss, 6),
             "learning_rate": float(logs["learning_rate"]),
+            **{name: _short(logs[key]) for key, name in _FROM_PARTS.items() if key in logs},
             "tokens": state.global_step * self.tokens_per_step,
             "seconds": round(self.seconds, 3),
         }
@@ -115,8 +131,49 @@ class LayerDrop(TrainerCallback):
             layer.__dict__.pop("forward", None)
 
 
+class KeepStates(TrainerCallback):
+    """Keep states of a run as whole checkpoints, for an average that is made later.
+
+    Args:
+        planned: The run, with `average.keep`.
+        network: The model in training.
+        folder: Gets one folder `step-<n>` for each state; of more than `num_candidates` the latest stay.
+    """
+
+    def __init__(self, planned: TrainPlan, network: Any, folder: Path) -> None:
+        assert planned.config.average is not None
+        self._planned, self._network, self._folder = planned, network, folder
+        self._options, steps = planned.config.average.options, planned.config.steps
+        self._steps = list(taken_steps(self._options, steps))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the state when its turn has come; a resumed run writes the same bytes again."""
+        if state.global_step not in self._steps:
+            return
+        from weightsmith.training.weights import write_model
+
+        planned, step = self._planned, state.global_step
+        write_model(
+            self._network,
+            state_folder(self._folder, step),
+            state_specs(planned.specs),
+            side_files=planned.side_files,
+            lineage=state_lineage(planned.lineage, step),
+            source=planned.model if planned.from_weights else None,
+            overwrite=True,
+        )
+        gone = self._steps.index(step) - self._options.num_candidates
+        if gone >= 0:
+            shutil.rmtree(state_folder(self._folder, self._steps[gone]), ignore_errors=True)
+
+
 def _identity(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
     return hidden_states
+
+
+def _short(value: Any) -> float | None:
+    """Six digits, and null for what JSON can't say."""
+    return float(f"{float(value):.6g}") if math.isfinite(value) else None
 
 
 def _json(line: dict[str, Any]) -> str:

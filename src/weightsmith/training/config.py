@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from weightsmith.errors import InputError
+from weightsmith.training import parts
 from weightsmith.training.sources import DataSource
 
 Data = str | DataSource | tuple[str | DataSource, ...] | list[str | DataSource]
@@ -35,10 +36,17 @@ class TrainConfig:
     """How the learning rate falls after the warm-up; cosine and linear end at 0."""
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices; norms and biases have none."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of AdamW's two moments."""
-    max_grad_norm: float = 1.0
-    """Gradients with a larger norm are scaled down to it; 0 leaves them alone."""
+    decay: parts.Decay = None
+    """How weight decay is shared out: `uniform`, or by matrix with `alphadecay`."""
+    betas: tuple[float, float] | None = None
+    """Decay rates of AdamW's two moments, [0.9, 0.95] by default; LightSAM takes its own."""
+    clip: parts.Clip = 1.0
+    """Which norm of gradients is held down: of all together (`global`), of each tensor (`adagc`), none
+    (`off`)."""
+    sharpness: parts.Sharpness = None
+    """Whether steps look for flat minima, at two passes each: `off`, `sam`, `asam` or `lightsam`."""
+    average: parts.StateAverage | None = None
+    """What becomes of the run's states: `off`, `keep`, or the mean that a method makes of them."""
     layer_drop: float = 0.0
     """Chance that an inner layer is skipped in a step, which makes depth prunable later."""
     replay: float = 0.0
@@ -68,7 +76,7 @@ class TrainConfig:
 
         for key in ("steps", "batch_size", "gradient_accumulation", "log_every", "keep_checkpoints"):
             _expect(key, getattr(self, key), getattr(self, key) >= 1, "at least 1")
-        for key in ("warmup_steps", "save_every", "weight_decay", "max_grad_norm"):
+        for key in ("warmup_steps", "save_every", "weight_decay"):
             _expect(key, getattr(self, key), getattr(self, key) >= 0, "at least 0")
         for key in ("sequence_length", "threads"):
             value = getattr(self, key)
@@ -77,12 +85,13 @@ class TrainConfig:
             )
         rate = self.learning_rate
         _expect("learning_rate", rate, rate is None or rate > 0, "above 0")
-        _expect("betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in 0..1")
+        _expect("betas", self.betas, all(0 <= beta < 1 for beta in self.betas or ()), "two numbers in 0..1")
         _expect("layer_drop", self.layer_drop, 0 <= self.layer_drop < 1, "in 0..1, below 1")
         _expect("replay", self.replay, 0 <= self.replay < 1, "in 0..1, below 1")
         sources(self.data)
         if self.replay_data is not None:
             sources(self.replay_data)
+        parts.check(self)
 
     def data_fingerprint(self) -> str:
         """Stands for the content of all data; changes when a file or the test-bed's code changes.
@@ -94,7 +103,9 @@ class TrainConfig:
 
         digest = hashlib.blake2b(digest_size=16)
         replayed = self.replay_data if self.replay and self.replay_data is not None else ()
-        for entry in (*sources(self.data), *(sources(replayed) if replayed else ())):
+        held_out = self.average.held_out if self.average is not None else None
+        further = [data for data in (replayed, held_out) if data]
+        for entry in (*sources(self.data), *(entry for data in further for entry in sources(data))):
             digest.update(f"{entry!r}={entry.fingerprint()}\n".encode())
         return digest.hexdigest()
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from weightsmith.training.sources import DataSource
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 
 Data = str | DataSource | Sequence[str | DataSource]
+Split = Literal["train", "calibration"]
 Pair = tuple[Sequence[int], Sequence[int]]
 
 
@@ -125,8 +126,8 @@ class PackedPairs:
 class SkillQuestions:
     """Endless questions of some skills of the test-bed, drawn anew for every window."""
 
-    def __init__(self, names: Sequence[str], length: int, seed: int) -> None:
-        self._names, self._length, self._seed = names, length, seed
+    def __init__(self, names: Sequence[str], length: int, seed: int, split: Split = "train") -> None:
+        self._names, self._length, self._seed, self._split = names, length, seed, split
 
     def window(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """See `WindowSource`."""
@@ -137,7 +138,7 @@ class SkillQuestions:
 
     def _questions(self, rng: random.Random) -> Iterator[Pair]:
         while True:
-            question, answer = skills.draw(rng.choice(self._names), "train", rng)
+            question, answer = skills.draw(rng.choice(self._names), self._split, rng)
             # Lists: their items go into lists.
             yield alphabet.encode(question).tolist(), alphabet.encode(answer).tolist()
 
@@ -201,18 +202,46 @@ def mixture(
     return Mixture(made, weights, num_examples, seed)
 
 
-def _window_source(data: DataSource, tokenizer: Any, length: int, seed: int) -> WindowSource:
+def held_out_batches(
+    data: Data, tokenizer: Any, *, length: int, batch_size: int, batches: int, seed: int
+) -> list[dict[str, Any]]:
+    """Batches to measure losses on: of test-bed tasks the calibration pools, of anything else all of it.
+
+    Arguments and errors as `mixture`.
+    """
+    entries = sources(data)
+    made = [
+        _window_source(entry, tokenizer, length, derive(seed, number), "calibration")
+        for number, entry in enumerate(entries)
+    ]
+    examples = Mixture(made, [entry.weight for entry in entries], batches * batch_size, seed)
+    return [
+        collate([examples[start + index] for index in range(batch_size)])
+        for start in range(0, batches * batch_size, batch_size)
+    ]
+
+
+def collate(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
+    """Examples as one batch of tensors."""
+    import torch
+
+    return {key: torch.from_numpy(np.stack([example[key] for example in examples])) for key in examples[0]}
+
+
+def _window_source(
+    data: DataSource, tokenizer: Any, length: int, seed: int, split: Split = "train"
+) -> WindowSource:
     eos = tokenizer.eos_token_id
     if eos is None:
         raise InputError("the model's tokenizer has no end token (eos_token): documents can't be told apart")
     character_level = tokenizer.get_vocab() == alphabet.VOCABULARY
     if data.kind == "testbed":
         if tasks.TASKS[data.source] == "domain":
-            texts: Iterable[str] = domains.documents(data.source, "train")
+            texts: Iterable[str] = domains.documents(data.source, split)
             return PackedText(_joined(texts, tokenizer, eos, character_level), length, seed)
         if not character_level:
             raise InputError(f"data `{data.source}`: skills need a model with the test-bed's tokenizer")
-        return SkillQuestions((data.source,), length, seed)
+        return SkillQuestions((data.source,), length, seed, split)
     if data.prompt is not None:
         pairs = ((_ids(tokenizer, prompt), _ids(tokenizer, answer)) for prompt, answer in data.pairs())
         return PackedPairs(pairs, length, eos, seed)

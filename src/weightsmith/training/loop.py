@@ -15,12 +15,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from weightsmith.checkpoints.lineage import read_lineage
 from weightsmith.errors import CheckpointError, InputError, require
@@ -35,9 +32,11 @@ from weightsmith.runs.atomic import read_json, read_lines, sync_folder, system_f
 from weightsmith.runs.locks import FolderLock
 from weightsmith.runs.progress import SILENT, Progress
 from weightsmith.runs.seeds import derive
+from weightsmith.training.averaged import HELD_OUT_BATCHES
 from weightsmith.training.config import FinetuneConfig, TrainConfig
-from weightsmith.training.data import mixture
+from weightsmith.training.data import collate, held_out_batches, mixture
 from weightsmith.training.planning import TrainPlan, plan
+from weightsmith.training.states import PREFIX as STATE
 
 STAMP = "run.json"  # in a work folder: which run it belongs to
 
@@ -71,6 +70,7 @@ def train(
     workdir: str | Path,
     seed: int = 0,
     metrics: str | Path | None = None,
+    states: str | Path | None = None,
     progress: Progress = SILENT,
     overwrite: bool = False,
 ) -> TrainResult:
@@ -83,7 +83,9 @@ def train(
         workdir: Folder for durable checkpoints; call again with the same one to continue a killed run. What
             another run left there is deleted.
         seed: Decides initial weights, data order and everything else that is random.
-        metrics: Where to write metrics; `metrics.jsonl` in `workdir` by default.
+        metrics: Where to write metrics; `metrics.jsonl` in `workdir` by default. Beside it lie the history of
+            AlphaDecay (`alphadecay.jsonl`) and the choice that averaging made (`selection.json`).
+        states: Where states are kept with `average.keep`; `states` in `workdir` by default.
         progress: Told about each step.
         overwrite: Replace `out` when it exists.
 
@@ -100,7 +102,7 @@ def train(
     """
     if isinstance(config, FinetuneConfig):
         raise InputError("train takes a TrainConfig; a FinetuneConfig is for finetune")
-    return _run(config, model, out, workdir, seed, metrics, progress, overwrite)
+    return _run(config, model, out, workdir, seed, metrics, states, progress, overwrite)
 
 
 def finetune(
@@ -111,6 +113,7 @@ def finetune(
     workdir: str | Path,
     seed: int = 0,
     metrics: str | Path | None = None,
+    states: str | Path | None = None,
     progress: Progress = SILENT,
     overwrite: bool = False,
 ) -> TrainResult:
@@ -120,7 +123,7 @@ def finetune(
     """
     if not isinstance(config, FinetuneConfig):
         raise InputError("finetune takes a FinetuneConfig; a TrainConfig starts from random weights")
-    return _run(config, model, out, workdir, seed, metrics, progress, overwrite)
+    return _run(config, model, out, workdir, seed, metrics, states, progress, overwrite)
 
 
 def _run(
@@ -130,6 +133,7 @@ def _run(
     workdir: str | Path,
     seed: int,
     metrics: str | Path | None,
+    states: str | Path | None,
     progress: Progress,
     overwrite: bool,
 ) -> TrainResult:
@@ -138,11 +142,12 @@ def _run(
     planned = plan(config, model, seed=seed)
     out, workdir = Path(out), Path(workdir)
     file = Path(metrics) if metrics else workdir / "metrics.jsonl"
+    kept = Path(states) if states else workdir / "states"
     with FolderLock(workdir), intra_op_threads(planned.config.threads or 1), without_bars():
         if out.exists() and not overwrite:
             return _finished(planned, out, workdir, file)
-        _forget_other_runs(workdir, planned.fingerprint, file)
-        return _train(planned, out, workdir, file, progress, overwrite)
+        _forget_other_runs(workdir, planned.fingerprint, file, kept)
+        return _train(planned, out, workdir, file, kept, progress, overwrite)
 
 
 def _train(
@@ -150,9 +155,13 @@ def _train(
     out: Path,
     workdir: Path,
     metrics: Path,
+    states: Path,
     progress: Progress,
     overwrite: bool,
 ) -> TrainResult:
+    from weightsmith.training import assembly
+    from weightsmith.training.averaging.callback import AveragingCallback
+    from weightsmith.training.averaging.run import selection_bytes
     from weightsmith.training.callbacks import LayerDrop, Metrics
     from weightsmith.training.trainer import DurableTrainer, training_arguments
     from weightsmith.training.weights import write_model
@@ -178,24 +187,33 @@ def _train(
         num_examples=config.steps * config.batch_size * config.gradient_accumulation,
         seed=derive(planned.seed, "data"),
     )
+    held_out = _held_out(planned, tokenizer)
     reporter = Metrics(metrics, tokens_per_step, progress)
-    callbacks: list[Any] = [reporter]
-    if config.layer_drop:
-        callbacks.append(LayerDrop(network, config.layer_drop, planned.seed))
+    # The layers are whole again before losses of averages are measured; the reporter tells what others log.
+    callbacks: list[Any] = [LayerDrop(network, config.layer_drop, planned.seed)] if config.layer_drop else []
+    callbacks += assembly.part_callbacks(
+        planned, network, workdir=workdir, metrics=metrics, states=states, held_out=held_out
+    )
+    callbacks.append(reporter)
     trainer = DurableTrainer(
         folder=workdir,
         keep=config.keep_checkpoints,
         model=network,
         args=training_arguments(config, workdir / ".scratch", derive(planned.seed, "trainer")),
         train_dataset=examples,
-        data_collator=_collate,
+        data_collator=collate,
         callbacks=callbacks,
+        optimizer_cls_and_kwargs=assembly.optimizer_class(config),
+        decay=assembly.decay_options(config),
     )
     last = trainer.last_durable()
     progress.start("training", config.steps, "steps")
     with system_faults(workdir):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     progress.done()
+    for callback in callbacks:
+        if isinstance(callback, AveragingCallback) and callback.selection is not None:
+            write_bytes(metrics.with_name(assembly.SELECTION), selection_bytes(callback.selection))
     write_model(
         network,
         out,
@@ -206,6 +224,7 @@ def _train(
         overwrite=overwrite,
     )
     trainer.forget()
+    shutil.rmtree(workdir / assembly.CANDIDATES, ignore_errors=True)
     return TrainResult(
         checkpoint=out,
         steps=config.steps,
@@ -274,14 +293,24 @@ def _network(planned: TrainPlan, folder: Path) -> Any:
     return network.to(choose_device(planned.config.device))
 
 
-def _collate(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
-    import torch
+def _held_out(planned: TrainPlan, tokenizer: Any) -> list[dict[str, Any]]:
+    """Batches to measure averages on; none where that is not asked for, or the training data is taken."""
+    config, average = planned.config, planned.config.average
+    if average is None or average.held_out is None or not average.measures:
+        return []
+    return held_out_batches(
+        average.held_out,
+        tokenizer,
+        length=config.sequence_length or 0,
+        batch_size=config.batch_size,
+        batches=max(average.options.batches, HELD_OUT_BATCHES),
+        seed=derive(planned.seed, "held out"),
+    )
 
-    return {key: torch.from_numpy(np.stack([example[key] for example in examples])) for key in examples[0]}
 
-
-def _forget_other_runs(workdir: Path, fingerprint: str, metrics: Path) -> None:
+def _forget_other_runs(workdir: Path, fingerprint: str, metrics: Path, states: Path) -> None:
     """Start anew in a work folder where another run was: its checkpoints must not be taken for this one's."""
+    from weightsmith.training.assembly import CANDIDATES, SELECTION
     from weightsmith.training.trainer import PREFIX
 
     if _was_here(workdir, fingerprint):
@@ -289,7 +318,10 @@ def _forget_other_runs(workdir: Path, fingerprint: str, metrics: Path) -> None:
     with system_faults(workdir):
         for folder in workdir.glob(f"{PREFIX}*"):
             shutil.rmtree(folder)
-        metrics.unlink(missing_ok=True)
+        for folder in (workdir / CANDIDATES, *states.glob(f"{STATE}*")):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (metrics, metrics.with_name(SELECTION)):
+            file.unlink(missing_ok=True)
         sync_folder(workdir)
     write_json(workdir / STAMP, {"fingerprint": fingerprint})
 

@@ -10,31 +10,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints import Ancestor, Checkpoint, Lineage, TensorSpec, plan_layout
+from weightsmith.checkpoints import Ancestor, Checkpoint, Lineage, TensorSpec
 from weightsmith.checkpoints.folder import read_object, resolve, side_files
 from weightsmith.errors import CheckpointError, InputError, require
 from weightsmith.evaluation.models import default_threads, window_length
 from weightsmith.runs.environment import versions
 from weightsmith.runs.prediction import Prediction
-from weightsmith.runs.speed import matmul_flops
 from weightsmith.tensors.floats import parse_dtype
 from weightsmith.testbed import model_files, parameter_shapes
+from weightsmith.training import costs, parts
 from weightsmith.training.config import FinetuneConfig, TrainConfig
 from weightsmith.training.data import sources
+from weightsmith.training.lightsam.options import DEFAULTS, LightSAMOptions
 from weightsmith.training.sources import DataSource
 
 TESTBED = "testbed/"
 # Keys that say how a run is carried out, not what it computes.
 _NO_EFFECT = ("device", "threads", "save_every", "keep_checkpoints", "log_every")
-
-PROCESS_BYTES = 560_000_000  # a Python that has imported torch and transformers.Trainer
-GPU_FLOPS = 5e13  # assumed of any GPU: a forecast to the order of magnitude
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,8 @@ class TrainPlan:
         specs: Every tensor of the checkpoint to come.
         side_files: Every other file of it, by name.
         lineage: Its `weightsmith.json`.
-        prediction: Memory, disk and time.
+        prediction: Memory, disk and time; the disk of kept states included.
+        warnings: What works and is hardly meant.
     """
 
     config: TrainConfig
@@ -62,6 +60,7 @@ class TrainPlan:
     side_files: Mapping[str, Path | bytes]
     lineage: Lineage
     prediction: Prediction
+    warnings: tuple[str, ...] = ()
 
     @property
     def num_parameters(self) -> int:
@@ -116,6 +115,7 @@ def plan(config: TrainConfig, model: str | Path, *, seed: int) -> TrainPlan:
         files = dict(side_files(folder))
         specs = _initial_specs(model_config, folder)
     resolved = _resolved(config, model_config, sum(spec.numel for spec in specs), parent, str(model))
+    costs.check_fit(resolved, specs)
     lineage = Lineage(
         method="finetune" if from_weights else "train",
         parameters=_parameters(resolved, model_config),
@@ -132,7 +132,8 @@ def plan(config: TrainConfig, model: str | Path, *, seed: int) -> TrainPlan:
         specs=specs,
         side_files=files,
         lineage=lineage,
-        prediction=_predict(resolved, model_config, specs, files, lineage),
+        prediction=costs.predict(resolved, model_config, specs, files, lineage),
+        warnings=parts.warnings(resolved),
     )
 
 
@@ -155,7 +156,9 @@ def _resolved(
 ) -> TrainConfig:
     text = model_config.get("text_config") or model_config
     width = text.get("hidden_size") or text.get("n_embd") or text.get("d_model")
-    rate = config.learning_rate
+    rate, sharpness = config.learning_rate, config.sharpness
+    if rate is None and isinstance(sharpness, LightSAMOptions) and sharpness.variant != "adam":
+        rate = DEFAULTS[sharpness.variant][0]  # a length of the step, which the model's width doesn't decide
     if rate is None:
         if not width:
             raise InputError(
@@ -171,7 +174,22 @@ def _resolved(
         sequence_length=config.sequence_length or window_length(model_config),
         threads=config.threads or default_threads(num_parameters),
         replay_data=replayed if config.replay else None,
+        betas=config.betas if isinstance(sharpness, LightSAMOptions) else config.betas or (0.9, 0.95),
+        average=_with_held_out(config),
     )
+
+
+def _with_held_out(config: TrainConfig) -> parts.StateAverage | None:
+    """What losses are measured on where the page leaves it open: other text of the same test-bed tasks."""
+    average = config.average
+    if average is None or not average.measures or average.held_out is not None:
+        return average
+    bed = tuple(entry for entry in sources(config.data) if entry.kind == "testbed")
+    if not bed and average.options.objective == "val":
+        raise InputError(
+            "average: objective `val` needs `held_out`: nothing is held out of this data by itself"
+        )
+    return dataclasses.replace(average, held_out=bed or None)
 
 
 def _trained_on(parent: Lineage | None, model: str) -> tuple[DataSource, ...]:
@@ -195,12 +213,15 @@ def _parameters(config: TrainConfig, model_config: Mapping[str, Any]) -> dict[st
     values = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(TrainConfig)  # a stage of a recipe adds keys of its own
-        if field.name not in (*_NO_EFFECT, "data", "replay_data")
+        if field.name not in (*_NO_EFFECT, *parts.KEYS, "data", "replay_data")
     }
-    values["betas"] = list(config.betas)
+    values |= parts.described(config)
+    values["betas"] = list(config.betas) if config.betas else None
     values["data"] = [_described(entry) for entry in sources(config.data)]
     replayed = sources(config.replay_data) if config.replay_data is not None else ()
     values["replay_data"] = [_described(entry) for entry in replayed]
+    if config.average is not None and config.average.held_out is not None:
+        values["held_out"] = [_described(entry) for entry in sources(config.average.held_out)]
     values["architecture"] = model_config.get("model_type")
     return values
 
@@ -241,37 +262,3 @@ def _shapes_of_any_model(folder: Path | None) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
     return {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
-
-
-def _predict(
-    config: TrainConfig,
-    model_config: Mapping[str, Any],
-    specs: tuple[TensorSpec, ...],
-    files: Mapping[str, Path | bytes],
-    lineage: Lineage,
-) -> Prediction:
-    """Memory from weights, gradients, two moments and activations; time from this machine's matrix
-    products.
-    """
-    text = model_config.get("text_config") or model_config
-    parameters = sum(spec.numel for spec in specs)
-    length = config.sequence_length or 0
-    tokens = config.batch_size * length
-    layers = text.get("num_hidden_layers") or text.get("n_layer") or 12
-    width = text.get("hidden_size") or text.get("n_embd") or 512
-    inner = text.get("intermediate_size") or 4 * width
-    vocabulary = text.get("vocab_size") or 32_000
-    # Float32 values kept for the backward pass, per token: in a layer about 14 of its width and 4 of its
-    # MLP's; logits twice, as they are and as probabilities, and their gradient.
-    activations = 4 * tokens * (layers * (14 * width + 4 * inner) + 3 * vocabulary)
-    flops = (
-        6.0 * config.steps * config.gradient_accumulation * tokens * (parameters + layers * length * width)
-    )
-    rate = GPU_FLOPS if config.device != "cpu" and os.path.exists("/dev/nvidia0") else matmul_flops()
-    # Products are over half of a step on small models; the rest is memory traffic and calls.
-    seconds = 1.7 * flops / (rate * max(1, config.threads or 1)) + 4.0
-    disk = plan_layout(specs).total_bytes + len(
-        dataclasses.replace(lineage, content="full:" + "0" * 32).to_bytes()
-    )
-    disk += sum(len(item) if isinstance(item, bytes) else item.stat().st_size for item in files.values())
-    return Prediction(PROCESS_BYTES + 16 * parameters + activations, disk, seconds)

@@ -7,30 +7,41 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_model, save_model
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from weightsmith.evaluation.models import choose_device
 from weightsmith.runs.atomic import sync_folder
+from weightsmith.training.adagc.options import AdaGCOptions
+from weightsmith.training.alphadecay.groups import one_group_each
+from weightsmith.training.alphadecay.matrices import find_matrices
+from weightsmith.training.alphadecay.options import AlphaDecayOptions
+from weightsmith.training.averaging.callback import AveragingCallback
 from weightsmith.training.config import TrainConfig
+from weightsmith.training.lightsam.trainer import SAMTrainerMixin
 
 PREFIX = "checkpoint-"
 WEIGHTS = "weights.safetensors"
 
 
-class DurableTrainer(Trainer):
+class DurableTrainer(SAMTrainerMixin, Trainer):
     """A Trainer whose checkpoints `folder/checkpoint-<step>` are complete or not there.
 
     Args:
         folder: Where they are.
         keep: How many of them are kept.
+        decay: AlphaDecay's options where it needs a parameter group for each matrix: they have to be there
+            before the learning rate's schedule is made.
         arguments: As `Trainer` takes them; `args.output_dir` is scratch space inside `folder`.
     """
 
-    def __init__(self, *, folder: Path, keep: int, **arguments: Any) -> None:
+    def __init__(
+        self, *, folder: Path, keep: int, decay: AlphaDecayOptions | None = None, **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
-        self._folder, self._keep = folder, keep
+        self._folder, self._keep, self._decay = folder, keep, decay
         self._scratch = Path(arguments["args"].output_dir)
         self._network, self._examples = arguments["model"], arguments["train_dataset"]
         self.remove_callback(PrinterCallback)  # prints every log line; ours go to metrics.jsonl
@@ -49,7 +60,19 @@ class DurableTrainer(Trainer):
             discard(folder)
         shutil.rmtree(self._scratch, ignore_errors=True)
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As the Trainer's, each matrix of AlphaDecay in a group of its own where it asks for that."""
+        optimizer = super().create_optimizer(model)
+        if self._decay is not None and self._decay.mode == "groups":
+            matrices, _ = find_matrices(self._network, self._decay)
+            one_group_each(optimizer, {id(matrix.parameter) for matrix in matrices}, scheduled=False)
+        return optimizer
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # A running mean is part of the checkpoint, so it has to be there first.
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, AveragingCallback):
+                callback.on_save(self.args, self.state, self.control, model=self._network)
         shutil.rmtree(self._scratch, ignore_errors=True)
         super()._save_checkpoint(model, trial)
         saved = self._scratch / f"{PREFIX}{self.state.global_step}"
@@ -87,6 +110,7 @@ def discard(folder: Path) -> None:
 def training_arguments(config: TrainConfig, scratch: Path, seed: int) -> TrainingArguments:
     """The Trainer's settings for a resolved config."""
     device = choose_device(config.device)
+    beta1, beta2 = config.betas or (0.9, 0.999)  # without effect where an optimiser has its own
     arguments = TrainingArguments(
         output_dir=str(scratch),
         max_steps=config.steps,
@@ -96,9 +120,9 @@ def training_arguments(config: TrainConfig, scratch: Path, seed: int) -> Trainin
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(config.schedule, config.schedule),
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
-        adam_beta1=config.betas[0],
-        adam_beta2=config.betas[1],
-        max_grad_norm=config.max_grad_norm,
+        adam_beta1=beta1,
+        adam_beta2=beta2,
+        max_grad_norm=0.0 if isinstance(config.clip, AdaGCOptions) else config.clip,
         optim="adamw_torch_fused",
         bf16=config.dtype == "bfloat16",
         use_cpu=device.type == "cpu",

@@ -33,10 +33,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Reference:
-    """A model that a stage reads: where the page says so (keys inside the stage) and what it says."""
+    """A model that a stage reads: where the page says so (keys inside the stage) and what it says.
+
+    Attributes:
+        keys: Where.
+        value: A stage, folder or hub id.
+        output: Which output of a stage is read: its `checkpoint`, or the `states` that it keeps.
+    """
 
     keys: Keys
     value: str
+    output: str = "checkpoint"
 
 
 @dataclass(frozen=True)

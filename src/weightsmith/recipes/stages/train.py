@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from weightsmith.recipes.stages.training import PageData, TrainingStage
+from weightsmith.recipes.stages.parts import PageData
+from weightsmith.recipes.stages.training import TrainingStage
 from weightsmith.training import TrainConfig
 
 
@@ -22,6 +23,10 @@ class Train(TrainingStage, TrainConfig):
     """What to train on: test-bed tasks, files, hub data sets."""
     replay_data: PageData | None = None
     """What to replay where `replay` is set."""
+
+    seed: int | None = None
+    """Decides initial weights, data order and all else that is random; by default the recipe's seed and the
+    stage's name do. Stages with the same seed differ in nothing but their options."""
 
     kind: ClassVar[str] = "train"
     needs_weights: ClassVar[bool] = False

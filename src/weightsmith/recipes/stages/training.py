@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from weightsmith.errors import InputError
 from weightsmith.recipes.stages.contract import Done, Forecast, Problem, Reference, Workspace, plain
+from weightsmith.recipes.stages.parts import read_parts
 from weightsmith.recipes.standin import write_standin
-from weightsmith.runs.prediction import Prediction
+from weightsmith.recipes.validation import validate
 from weightsmith.runs.progress import Progress
-from weightsmith.training import DataSource
+from weightsmith.runs.seeds import derive
+from weightsmith.training.parts import described, kept_steps
+from weightsmith.training.states import state_folder, state_lineage, state_specs
 
-METRICS = "metrics.jsonl"
+METRICS, STATES = "metrics.jsonl", "states"
+# Written beside the metrics by the loop.
+ALPHADECAY, SELECTION = "alphadecay.jsonl", "selection.json"
 # How often a run becomes durable changes nothing in its result.
 _NO_EFFECT = ("save_every", "keep_checkpoints")
 # Resident set of a process forked from one that has imported torch and transformers, without what grows with
 # the model. Less than that of a process which imports them itself, as `training.plan` assumes.
 FORKED_BYTES = 440_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source(DataSource):
-    """A source of data as a page writes it: unknown keys are errors."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-
-PageData = str | Source | tuple[str | Source, ...]
 
 
 class TrainingStage:
@@ -39,6 +34,26 @@ class TrainingStage:
     needs_torch: ClassVar[bool] = True
     needs_transformers: ClassVar[bool] = True
 
+    @classmethod
+    def parse(cls, body: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
+        """The stage from its keys on the page, or every problem found."""
+        values, problems = read_parts(body)
+        if "max_grad_norm" in body:  # what the Trainer calls it
+            return None, [*problems, Problem(("max_grad_norm",), "no such key; write `clip: {global: 1.0}`")]
+        config, more = validate(cls, {key: value for key, value in body.items() if key not in values})
+        if problems or config is None:
+            return None, [*problems, *more]
+        return replace(config, **values), more  # pyrefly: ignore[bad-specialization]
+
+    @property
+    def keeps_states(self: Any) -> bool:
+        """Whether an `average` below can read its states."""
+        return self.average is not None and self.average.keep
+
+    def seed_in(self: Any, workspace: Workspace) -> int:
+        """The page's own seed, or the one derived from the recipe's and the stage's name."""
+        return workspace.seed if self.seed is None else derive(self.seed, "stage")
+
     def references(self: Any) -> Sequence[Reference]:
         """The one model."""
         return [Reference(("model",), self.model)]
@@ -47,6 +62,8 @@ class TrainingStage:
         """What is wrong with values and data; each entry of a list of data is told at its own line."""
         from weightsmith.training.data import sources
 
+        if self.seed is not None and self.seed < 0:
+            return [Problem(("seed",), f"expected a whole number from 0 on, found {self.seed}")]
         found = []
         for key in ("data", "replay_data"):
             data = getattr(self, key)
@@ -79,26 +96,34 @@ class TrainingStage:
 
     def identity(self) -> dict[str, Any]:
         """The values that decide the result."""
-        return {key: value for key, value in plain(self).items() if key not in _NO_EFFECT}
+        return {key: value for key, value in as_record(self).items() if key not in _NO_EFFECT}
 
     def forecast(self: Any, models: Mapping[str, Path], workspace: Workspace) -> Forecast:
         """Cost of the training, and its checkpoint to come."""
         from weightsmith.training import plan
+        from weightsmith.training.costs import PROCESS_BYTES
         from weightsmith.training.data import sources
-        from weightsmith.training.planning import PROCESS_BYTES
 
-        planned = plan(self, models.get(self.model, self.model), seed=workspace.seed)
+        planned = plan(self, models.get(self.model, self.model), seed=self.seed_in(workspace))
         standin = write_standin(
             workspace.checkpoint, planned.specs, side_files=planned.side_files, lineage=planned.lineage
         )
+        average = planned.config.average
+        if average is not None and average.keep:
+            for step in kept_steps(average.options, planned.config.steps):
+                write_standin(
+                    state_folder(workspace.folder / STATES, step),
+                    state_specs(planned.specs),
+                    side_files=planned.side_files,
+                    lineage=state_lineage(planned.lineage, step),
+                )
         read = [*sources(planned.config.data)]
-        if planned.config.replay_data is not None:
-            read += sources(planned.config.replay_data)
+        for more in (planned.config.replay_data, average.held_out if average is not None else None):
+            read += sources(more) if more is not None else ()
         names = tuple(dict.fromkeys(source.source for source in read))
         cost = planned.prediction
-        memory = cost.memory_bytes - PROCESS_BYTES + FORKED_BYTES
-        prediction = Prediction(memory, cost.disk_bytes, cost.seconds)
-        return Forecast(prediction=prediction, model=standin, reads=names)
+        cost = replace(cost, memory_bytes=cost.memory_bytes - PROCESS_BYTES + FORKED_BYTES)
+        return Forecast(prediction=cost, model=standin, reads=names, warnings=planned.warnings)
 
     def run(self: Any, models: Mapping[str, Path], workspace: Workspace, progress: Progress) -> Done:
         """Train, going on from the last durable step of a killed attempt."""
@@ -109,11 +134,26 @@ class TrainingStage:
             model,
             workspace.checkpoint,
             workdir=workspace.work,
-            seed=workspace.seed,
+            seed=self.seed_in(workspace),
             metrics=workspace.folder / METRICS,
+            states=workspace.folder / STATES,
             progress=progress,
             # An attempt killed after its last rename left a whole checkpoint; it is written again, the same.
             overwrite=True,
         )
-        resolved = plain(plan(self, model, seed=workspace.seed).config)
-        return Done({"checkpoint": "checkpoint", "metrics": METRICS}, resolved)
+        outputs = {"checkpoint": "checkpoint", "metrics": METRICS}
+        if self.decay is not None:
+            outputs["alphadecay"] = ALPHADECAY
+        if self.keeps_states:
+            outputs["states"] = STATES
+        elif self.average is not None:
+            outputs["selection"] = SELECTION
+        return Done(outputs, as_record(plan(self, model, seed=self.seed_in(workspace)).config))
+
+
+def as_record(config: Any) -> dict[str, Any]:
+    """A config as JSON, its parts in the words of a page."""
+    words = plain(config) | described(config)
+    if config.average is not None:
+        words["held_out"] = plain(config.average.held_out)
+    return words

@@ -23,7 +23,7 @@ from weightsmith.checkpoints.names import nearest_tensor
 from weightsmith.errors import InputError
 from weightsmith.training.adagc import memory
 from weightsmith.training.adagc.attachment import Attachment
-from weightsmith.training.adagc.options import AdaGCOptions
+from weightsmith.training.adagc.options import SHORT_RUN, AdaGCOptions
 from weightsmith.training.adagc.rule import Clipping, clip_norms
 from weightsmith.training.adagc.scaling import scale_on_device, scale_on_host
 from weightsmith.training.adagc.watch import Watch
@@ -31,9 +31,6 @@ from weightsmith.training.names import Parameters, named_parameters
 from weightsmith.training.sharded import Slots, TensorNorms, local_gradient, spread
 
 logger = logging.getLogger(__name__)
-
-SHORT_RUN = 5000
-"""Steps below which gamma seeded with the minimum does not recover: it climbs 0.1 % a step at most."""
 
 ALL_TOGETHER = Slots(start=0, count=1, axis=None, local_start=0, local_count=1)
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from weightsmith.training.adagc.callback import AdaGCCallback
 
 
+SHORT_RUN = 5000
+"""Steps below which gamma seeded with the minimum does not recover: it climbs 0.1 % a step at most."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdaGCOptions:
     """How AdaGC clips; the defaults are the paper's.

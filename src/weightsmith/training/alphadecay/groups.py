@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from weightsmith.errors import InputError
 from weightsmith.training.alphadecay.matrices import Matrix
 from weightsmith.training.alphadecay.options import AlphaDecayOptions
+from weightsmith.training.lightsam.two_pass import TwoPassOptimizer
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,11 @@ def inner_optimizer(optimizer: Optimizer) -> Optimizer:
 
 
 def decouples(optimizer: Optimizer) -> bool:
-    """Whether it multiplies weights by 1 - lr * decay, as AdamW does."""
+    """Whether it multiplies weights by 1 - lr * decay, as AdamW does, and from where they are: a two-pass
+    optimiser steps from a copy.
+    """
+    if isinstance(optimizer, TwoPassOptimizer):
+        return False
     return isinstance(optimizer, torch.optim.AdamW) or all(
         group.get("decoupled_weight_decay") for group in optimizer.param_groups
     )
@@ -37,6 +42,11 @@ def check_groups(optimizer: Optimizer, matrices: Sequence[Matrix], options: Alph
     Raises:
         InputError: it has no step hooks, misses a matrix, or has no usable `weight_decay`.
     """
+    if options.mode == "decoupled" and isinstance(optimizer, TwoPassOptimizer):
+        raise InputError(
+            f"{type(optimizer).__name__} steps from a copy of the weights, so the decay of mode `decoupled` "
+            "would be lost; take mode `groups`"
+        )
     if not hasattr(optimizer, "register_step_pre_hook"):
         raise InputError(f"{type(optimizer).__name__} has no step hooks; give a torch.optim.Optimizer")
     homes = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -73,7 +83,10 @@ def one_group_each(optimizer: Optimizer, ours: set[int], *, scheduled: bool) -> 
     Raises:
         InputError: a learning rate scheduler already holds one entry a group.
     """
-    crowded = any(len(group["params"]) > 1 for group in optimizer.param_groups)
+    crowded = any(
+        len(group["params"]) > 1 and any(id(parameter) in ours for parameter in group["params"])
+        for group in optimizer.param_groups
+    )
     if crowded and scheduled:
         raise InputError(
             "mode `groups` adds parameter groups, and a learning rate scheduler has been built on the old "

@@ -136,6 +136,8 @@ class AveragingCallback(TrainerCallback):
         if self._running is None:
             return
         here = self._folder / f"running-{state.global_step}"
+        if (here / "count.json").is_file():
+            return  # written by who makes checkpoints appear only when all of their parts are there
         saved = self._running.state_dict()
         if saved["num_updates"]:
             slots = {slot.name: slot for slot in slots_of(kwargs["model"])}

@@ -25,6 +25,20 @@ def run_folders(folder: str | Path, pattern: str = "checkpoint-*") -> list[Path]
     return sorted(found, key=lambda path: _number(path) or 0)
 
 
+def states_of(inputs: Sequence[str]) -> list[str]:
+    """The states behind one path: a checkpoint itself, those that a run's folder holds, or those that a stage
+    of a recipe has kept.
+    """
+    (name,) = inputs
+    folder = Path(name)
+    if not folder.is_dir() or any(
+        (folder / file).is_file() for file in ("config.json", "adapter_config.json")
+    ):
+        return list(inputs)
+    place = folder / "states" if (folder / "states").is_dir() else folder
+    return [str(path) for path in run_folders(place, "*-*")]
+
+
 def open_candidates(
     folders: Sequence[str | Path | Checkpoint], steps: Sequence[int] | None = None
 ) -> tuple[list[Checkpoint], tuple[int, ...]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -56,28 +57,13 @@ def write_average(
         InputError: a weight too few or too many, or weights that sum to 0.
         SystemFault: no space, no permission.
     """
-    if len(weights) != len(checkpoints) or not checkpoints:
-        raise InputError(f"expected a weight for each of {len(checkpoints)} candidates, got {len(weights)}")
-    if not np.all(np.isfinite(weights)) or sum(weights) == 0:
-        raise InputError(f"weights must be finite and not sum to 0, got {list(weights)}")
-    check_alike(checkpoints)
-    last = checkpoints[-1]
+    planned = plan_average(checkpoints, weights, lineage, side_files or {}, dtype)
     used = [(c, float(w)) for c, w in zip(checkpoints, weights, strict=True) if w != 0]
-    specs = [
-        TensorSpec(name, dtype if dtype and info.dtype in FLOAT_DTYPES else info.dtype, info.shape)
-        for name, info in last.tensors.items()
-    ]
-    record = lineage or Lineage("average", {"weights": [weight for _, weight in used]})
-    inputs = tuple(Ancestor.of(checkpoint, "candidate") for checkpoint, _ in used)
-    record = Lineage(record.method, record.parameters, record.seed, inputs, record.versions or versions())
+    specs = planned.specs
     with CheckpointWriter(
-        out,
-        specs,
-        side_files={**last.side_file_map(), **(side_files or {})},
-        lineage=record,
-        overwrite=overwrite,
+        out, specs, side_files=planned.side_files, lineage=planned.lineage, overwrite=overwrite
     ) as writer:
-        job = _Job(used, last, writer, progress)
+        job = _Job(used, checkpoints[-1], writer, progress)
         progress.start("average", sum(spec.nbytes for spec in specs), "B")
         largest_first = sorted(specs, key=lambda spec: -spec.nbytes)
         with ThreadPoolExecutor(threads or cores()) as pool:
@@ -85,6 +71,40 @@ def write_average(
                 pass
         progress.done()
         return writer.commit()
+
+
+@dataclass(frozen=True)
+class AveragePlan:
+    """The folder that `write_average` would write: its tensors, other files and lineage."""
+
+    specs: tuple[TensorSpec, ...]
+    side_files: Mapping[str, Path | bytes]
+    lineage: Lineage
+
+
+def plan_average(
+    checkpoints: Sequence[Checkpoint],
+    weights: Sequence[float],
+    lineage: Lineage | None,
+    side_files: Mapping[str, bytes],
+    dtype: str | None,
+) -> AveragePlan:
+    """What would be written; arguments and errors as `write_average`."""
+    if len(weights) != len(checkpoints) or not checkpoints:
+        raise InputError(f"expected a weight for each of {len(checkpoints)} candidates, got {len(weights)}")
+    if not np.all(np.isfinite(weights)) or sum(weights) == 0:
+        raise InputError(f"weights must be finite and not sum to 0, got {list(weights)}")
+    check_alike(checkpoints)
+    last = checkpoints[-1]
+    used = [(c, float(w)) for c, w in zip(checkpoints, weights, strict=True) if w != 0]
+    specs = tuple(
+        TensorSpec(name, dtype if dtype and info.dtype in FLOAT_DTYPES else info.dtype, info.shape)
+        for name, info in last.tensors.items()
+    )
+    record = lineage or Lineage("average", {"weights": [weight for _, weight in used]})
+    inputs = tuple(Ancestor.of(checkpoint, "candidate") for checkpoint, _ in used)
+    record = Lineage(record.method, record.parameters, record.seed, inputs, record.versions or versions())
+    return AveragePlan(specs, {**last.side_file_map(), **side_files}, record)
 
 
 class _Job:

@@ -41,6 +41,17 @@ class SAMTrainerMixin(_Base):
     """
 
     _queue: list[tuple[dict[str, Any], RandomState]]
+    _rise: Tensor | float = 0.0
+    _rises: int = 0
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer, with `sam/sharpness`: the loss at the perturbed point less that at the weights,
+        mean over the steps since the last line (this process's batches).
+        """
+        if "loss" in logs and self._rises:
+            logs["sam/sharpness"] = float(self._rise) / self._rises
+            self._rise, self._rises = 0.0, 0
+        super().log(logs, *args, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -59,6 +70,7 @@ class SAMTrainerMixin(_Base):
             )
         if not hasattr(self, "_queue"):
             self._queue = []
+            self._rise, self._rises = 0.0, 0
             self._advise(optimizer)
         devices = [self.args.device]
         self._queue.append((dict(inputs), random_state(devices)))
@@ -66,7 +78,9 @@ class SAMTrainerMixin(_Base):
             loss = super().training_step(model, inputs, num_items_in_batch)
         except BaseException:
             self._queue.clear()
+            self._rise, self._rises = 0.0, 0
             raise
+        self._rise = self._rise - loss
         if self.accelerator.sync_gradients:
             after = random_state(devices)
             queue, self._queue = self._queue, []
@@ -77,7 +91,8 @@ class SAMTrainerMixin(_Base):
                     if optimizer.replay_rng:
                         set_random_state(state)
                     with self._sync_on(model, last=index == len(queue) - 1):
-                        super().training_step(model, again, num_items_in_batch)
+                        self._rise = self._rise + super().training_step(model, again, num_items_in_batch)
+            self._rises += 1
             if optimizer.replay_rng:
                 set_random_state(after)
         return loss

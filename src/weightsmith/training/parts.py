@@ -1,0 +1,179 @@
+"""The keys `clip`, `decay`, `sharpness` and `average` of a training: what fits together, and in which words.
+
+A value is the part's own options object, so no option is written twice. Nothing here imports torch: a page is
+checked and a run is planned with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weightsmith.errors import InputError
+from weightsmith.training.adagc.options import SHORT_RUN, AdaGCOptions
+from weightsmith.training.alphadecay.options import AlphaDecayOptions
+from weightsmith.training.averaging.options import LEARNED, RUNNING, AveragingOptions
+from weightsmith.training.lightsam.options import LightSAMOptions, SAMOptions
+from weightsmith.training.sources import DataSource
+
+if TYPE_CHECKING:
+    from weightsmith.training.config import TrainConfig
+
+KEYS = ("clip", "decay", "sharpness", "average")
+Clip = float | AdaGCOptions
+Decay = AlphaDecayOptions | None
+Sharpness = LightSAMOptions | SAMOptions | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateAverage:
+    """What becomes of the states that a run passes through.
+
+    Attributes:
+        options: Which states are taken, and how their mean is chosen.
+        keep: Leave the last state as the result and keep the taken ones beside it, for a stage `average`.
+        held_out: What a method that looks at losses measures them on; by default the calibration pools of the
+            test-bed tasks that are trained on, else the training data.
+    """
+
+    options: AveragingOptions
+    keep: bool = False
+    held_out: str | DataSource | tuple[str | DataSource, ...] | None = None
+
+    @property
+    def measures(self) -> bool:
+        """Whether losses on held-out data are needed."""
+        return not self.keep and self.options.method in LEARNED and self.options.objective != "train"
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse values out of range and parts that can't work together.
+
+    Raises:
+        InputError: begins with the key.
+    """
+    clip, decay, sharpness = config.clip, config.decay, config.sharpness
+    if not isinstance(clip, AdaGCOptions) and not 0 <= clip < math.inf:
+        raise InputError(f"clip: a global norm must be at least 0 and finite, got {clip}")
+    if isinstance(sharpness, LightSAMOptions) and config.betas is not None:
+        raise InputError("betas: are AdamW's; LightSAM takes its own (`sharpness: {lightsam: {betas: ...}}`)")
+    if decay is not None:
+        if config.weight_decay == 0 and not decay.base_weight_decay:
+            raise InputError("decay: alphadecay shares out `weight_decay`, which is 0")
+        if decay.mode == "decoupled" and sharpness is not None:
+            raise InputError(
+                "decay: mode `decoupled` multiplies weights that a two-pass step then restores; with "
+                "`sharpness` take mode `groups` or `auto`"
+            )
+    if config.average is not None:
+        _check_average(config.average, config.steps)
+
+
+def _check_average(average: StateAverage, steps: int) -> None:
+    from weightsmith.training.data import sources
+
+    options = average.options
+    if average.held_out is not None:
+        try:
+            sources(average.held_out)
+        except InputError as wrong:
+            raise InputError(f"average: held_out {str(wrong).removeprefix('data ')}") from wrong
+    taken = len(taken_steps(options, steps))
+    if not taken:
+        raise InputError(f"average: nothing is taken: `start` is {options.start}, the run has {steps} steps")
+    number = options.num_select
+    if uses_select(average) and number != "auto" and number > taken:
+        raise InputError(f"average: num_select is {number}, but the run takes only {taken} states")
+
+
+def uses_select(average: StateAverage) -> bool:
+    """Whether `num_select` counts."""
+    return not average.keep and average.options.method not in ("uniform", "greedy", *RUNNING)
+
+
+def taken_steps(options: AveragingOptions, steps: int) -> range:
+    """Optimiser steps after which a run of `steps` takes a state, before the oldest are dropped."""
+    first, every = options.schedule(steps)
+    if first >= steps:
+        return range(0)
+    return range(steps - (steps - first - 1) // every * every, steps + 1, every)
+
+
+def kept_steps(options: AveragingOptions, steps: int) -> range:
+    """Those of `taken_steps` that are candidates in the end."""
+    return taken_steps(options, steps)[-options.num_candidates :]
+
+
+def warnings(config: TrainConfig) -> tuple[str, ...]:
+    """What works and is hardly meant."""
+    found = []
+    if isinstance(clip := config.clip, AdaGCOptions):
+        if clip.warmup_steps >= config.steps:
+            found.append(
+                f"clip: adagc's warm-up of {clip.warmup_steps} steps is the whole run: only the global norm "
+                "is clipped"
+            )
+        elif clip.init == "min" and config.steps < SHORT_RUN:
+            found.append(
+                f"clip: {config.steps} steps are few for a mean that starts at the smallest norm; "
+                "`init: ema` needs less"
+            )
+    sharpness = config.sharpness
+    if config.clip and isinstance(sharpness, LightSAMOptions) and sharpness.variant != "adam":
+        found.append(
+            f"clip: the running sums of lightsam's {sharpness.variant} see clipped norms; `clip: off` leaves "
+            "them to the method"
+        )
+    if config.decay is not None and config.decay.interval >= config.steps:
+        found.append(
+            f"decay: alphadecay looks at the spectra once, before step 1: its interval is "
+            f"{config.decay.interval} of {config.steps} steps"
+        )
+    if (average := config.average) is not None and average.measures and average.held_out is None:
+        found.append(
+            f"average: {average.options.method} looks at the training loss; `held_out` names other data"
+        )
+    return tuple(found)
+
+
+def described(config: TrainConfig) -> dict[str, Any]:
+    """The four keys as a page says them: `{"clip": {"adagc": {"init": "ema"}}, "sharpness": "off", ...}`;
+    options that have their default are left out, and so is held-out data.
+    """
+    clip, sharpness, average = config.clip, config.sharpness, config.average
+    words: dict[str, Any] = {"clip": {"global": clip} if clip else "off", "decay": "uniform"}
+    words |= {"sharpness": "off", "average": "off"}
+    if isinstance(clip, AdaGCOptions):
+        words["clip"] = {"adagc": changed(clip)}
+    if config.decay is not None:
+        words["decay"] = {"alphadecay": changed(config.decay)}
+    if isinstance(sharpness, SAMOptions):
+        options = changed(sharpness)
+        words["sharpness"] = {"asam" if options.pop("adaptive", False) else "sam": options}
+    elif sharpness is not None:
+        words["sharpness"] = {"lightsam": changed(sharpness)}
+    if average is not None:
+        options = changed(average.options)
+        options |= options.pop("sewa", {})
+        method = options.pop("method", "sewa")
+        words["average"] = {"keep" if average.keep else method: options}
+    return words
+
+
+def changed(options: Any) -> dict[str, Any]:
+    """Fields of an options object that don't have their default, as JSON values."""
+    found = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        factory = field.default_factory
+        if value != (field.default if factory is dataclasses.MISSING else factory()):
+            found[field.name] = changed(value) if dataclasses.is_dataclass(value) else _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -130,6 +130,7 @@ METHODS: tuple[MethodCard, ...] = (
         "2505.24399",
         "lightsam.optimizer:LightSAM",
         "Sharpness-aware steps whose radius and learning rate follow running gradient statistics.",
+        verdict="weaker claim",
     ),
     _training(
         "sewa",

@@ -35,6 +35,7 @@ def models(tmp_path_factory):
         weights = {"model.layers.0.w": np.full((4, 4), float(index), np.float32)}
         save_file(weights, folder / name / "model.safetensors", metadata={"format": "pt"})
     (folder / "merge.yml").write_text("method: linear\nmodels: [a, b]\n")
+    (folder / "matrices.yml").write_text("method: tsvm\nbase: a\nmodels: [b]\n")
     return folder
 
 
@@ -89,6 +90,8 @@ def test_average_is_the_linear_merge(models, tmp_path):
         (("trace", "./nowhere"), "nowhere"),
         (("report", "./nowhere"), "nowhere"),
         (("average", "a", "out"), "two states"),
+        (("merge", "merge.yml", "out", "--threads", "0"), "--threads"),
+        (("merge", "matrices.yml", "out", "--device", "banana"), "no device `banana`"),
         (("evaluate", "./nowhere", "--task", "source"), "nowhere"),
     ],
 )

@@ -40,7 +40,9 @@ def register(app: typer.Typer) -> None:
             typer.Option(help="Output dtype, such as bfloat16; by default that of the states."),
         ] = None,
         device: Annotated[str, typer.Option(help="Where losses are measured: auto, cpu or cuda.")] = "auto",
-        threads: Annotated[int | None, typer.Option(help="Worker threads; one per core by default.")] = None,
+        threads: Annotated[
+            int | None, typer.Option(min=1, help="Worker threads; one per core by default.")
+        ] = None,
         as_json: output.AsJson = False,
     ) -> None:
         """Average checkpoints of one run into one."""

@@ -25,7 +25,9 @@ def register(app: typer.Typer) -> None:
             bool, typer.Option("--check", help="Check everything and predict the cost; write nothing.")
         ] = False,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
-        threads: Annotated[int | None, typer.Option(help="Worker threads; one per core by default.")] = None,
+        threads: Annotated[
+            int | None, typer.Option(min=1, help="Worker threads; one per core by default.")
+        ] = None,
         device: Annotated[str, typer.Option(help="For spectral methods: auto, cpu or cuda.")] = "auto",
         as_json: output.AsJson = False,
     ) -> None:

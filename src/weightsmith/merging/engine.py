@@ -169,12 +169,16 @@ def resolve_device(device: str) -> str:
     """`auto` is a GPU where torch sees one.
 
     Raises:
-        InputError: `cuda` where there is none.
+        InputError: `cuda` where there is none, or a word that names no device.
     """
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device: no device `{device}`; expected auto, cpu or cuda") from None
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device: `{device}` is asked for, torch {torch.__version__} sees no GPU")
     return device

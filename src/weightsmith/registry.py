@@ -138,6 +138,7 @@ METHODS: tuple[MethodCard, ...] = (
         "2502.10119",
         "averaging.sewa:sewa_select",
         "Learn which states of a run to average; SWA, EMA, LAWA and soups beside it.",
+        verdict="reproduced",
     ),
 )
 

@@ -6,8 +6,9 @@
 Makes one base and three fine-tunes in bfloat16 (random weights of std 0.02, changes of std 5e-4), writes
 one page of mergekit's for each method and gives it to both programs, in turns, inputs in the page cache.
 `dtype: float32` makes both compute in float32, `out_dtype: bfloat16` makes both write bfloat16. Time and
-peak memory (`ru_maxrss`) are those of whole processes, start-up included. The written tensors are compared
-first. `cp -r` of the same inputs is timed beside them: what reading and writing alone costs.
+peak memory (`ru_maxrss`; for ours that of its worker processes is added) are those of whole commands,
+start-up included. The written tensors are compared first. `cp -r` of the same inputs is timed beside them:
+what reading and writing alone costs.
 
 The process that measures imports nothing but the standard library: a child's `ru_maxrss` starts at its
 parent's.
@@ -201,7 +202,10 @@ def measured(command: list[str]) -> dict[str, Any]:
     if child.returncode:
         sys.exit(f"{' '.join(command)} left with {child.returncode}")
     run = {"seconds": seconds, "memory_bytes": usage.ru_maxrss * 1024}
-    return run | ({"merge_seconds": json.loads(said)["seconds"]} if "--json" in command else {})
+    if "--json" in command:  # ours: `ru_maxrss` leaves out what the worker processes hold
+        report = json.loads(said)
+        run |= {"merge_seconds": report["seconds"], "memory_bytes": report["memory_bytes"]}
+    return run
 
 
 def environment() -> dict[str, str]:
@@ -258,7 +262,7 @@ def machine() -> dict[str, Any]:
         "numpy": versions[0][1],
         "mergekit": versions[1][0],
         "torch (mergekit's)": versions[1][1],
-        "threads": "one worker a core; mergekit as it comes",
+        "threads": "one worker process a core; mergekit as it comes",
     }
 
 

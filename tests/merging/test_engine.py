@@ -139,16 +139,18 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(case, value, f
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m1"]
 
 
-def test_a_weight_that_is_not_finite_counts_as_zero_where_that_is_asked_for(exact_family, tmp_path):
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_a_weight_that_is_not_finite_counts_as_zero_where_that_is_asked_for(dtype, exact_family, tmp_path):
+    for folder in ("base", "m2", "m3"):
+        save(tmp_path / folder, read(exact_family / folder), dtype)
     broken = read(exact_family / "m1")
     name = "model.layers.1.mlp.up_proj.weight"
     broken[name][3, 5] = np.inf
-    save(tmp_path / "m1", broken, "F32")
-    made = page(exact_family, "ties", nan_policy="zero", zero_sign="positive", trim_scope="tensor")
-    made["models"][0] = str(tmp_path / "m1")
+    save(tmp_path / "m1", broken, dtype)
+    made = page(tmp_path, "ties", nan_policy="zero", zero_sign="positive", trim_scope="tensor")
     merge(made, tmp_path / "out")
     broken[name][3, 5] = 0
-    save(tmp_path / "clean" / "m1", broken, "F32")
+    save(tmp_path / "clean" / "m1", broken, dtype)
     made["models"][0] = str(tmp_path / "clean" / "m1")
     merge(made | {"nan_policy": "raise"}, tmp_path / "wanted")
     assert weight_bytes(tmp_path / "out") == weight_bytes(tmp_path / "wanted")

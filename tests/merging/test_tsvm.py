@@ -167,7 +167,7 @@ def test_an_unchanged_matrix_is_the_base_bit_for_bit():
     found, info = merge_whole(Tsvm(), base, np.stack([base] * 3))
     assert found.tobytes() == base.tobytes()
     assert info["ranks"] == [0, 0, 0]
-    tile = Tile(0, base.ravel().copy(), [base.ravel().copy() for _ in range(3)])
+    tile = Tile(0, base.ravel().copy(), np.stack([base.ravel()] * 3))
     assert Tsvm().merge_tile(tile, None).tobytes() == base.tobytes()
 
 
@@ -188,7 +188,7 @@ def test_what_is_no_matrix_is_averaged():
     method = Tsvm(alpha=(1.0, 2.0))
     base, models = random(7).astype(np.float32), random(2, 7, seed=1).astype(np.float32)
     assert not method.takes(parameter_of(base, models, name="model.norm.weight"))
-    tile = Tile(0, base.copy(), [model.copy() for model in models])
+    tile = Tile(0, base.copy(), models.copy())
     deltas = models.astype(np.float64) - base
     np.testing.assert_allclose(
         method.merge_tile(tile, None), base + (deltas[0] + 2 * deltas[1]) / 2, atol=1e-6

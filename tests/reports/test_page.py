@@ -13,7 +13,8 @@ import pytest
 from weightsmith.errors import InputError, SystemFault
 from weightsmith.reports import write_report
 
-from .made_runs import RunFolder, half_done, many_stages, quickstart, skills_of_a_users_models, ways
+from .made_runs import RunFolder, half_done, many_stages, quickstart, skills_of_a_users_models
+from .made_ways import ways
 
 RUNS = {
     "quickstart": quickstart,

@@ -17,7 +17,8 @@ from weightsmith.reports.scores import score_tables
 from weightsmith.reports.variants import comparisons
 from weightsmith.reports.words import choice_words, part_words
 
-from .made_runs import quickstart, ways
+from .made_runs import quickstart
+from .made_ways import ways
 
 
 @pytest.fixture

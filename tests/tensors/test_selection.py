@@ -18,7 +18,7 @@ def kept_by_cut(values, cut, tile):
         bits = magnitude_bits(
             values[start : start + tile], np.empty(values[start : start + tile].size, np.int32)
         )
-        mask = keep_mask(bits, cut, start, np.empty_like(bits))
+        mask = keep_mask(bits[None], [cut], start, np.empty_like(bits)[None])[0]
         assert set(np.unique(mask)) <= {0, -1}
         kept.append(start + np.flatnonzero(mask))
     return np.concatenate(kept)
@@ -98,7 +98,7 @@ def test_a_bracket_too_full_to_keep_is_narrowed(kind, monkeypatch):
         assert passes <= 5
         for start, tile in zip(range(0, values.size, 3000), tiles, strict=True):
             bits = magnitude_bits(tile, np.empty(tile.size, np.int32))
-            scan.add(start, bits, np.empty_like(bits), np.empty(tile.size, np.bool_))
+            scan.add(start, bits, np.empty((2, tile.size), np.bool_))
         wanted.finish([scan])
     np.testing.assert_array_equal(kept_by_cut(values, wanted.cuts[0], 3000), kept_by_sorting(values, 4000))
 
@@ -116,7 +116,7 @@ def test_parts_in_order_are_one_stream(kind):
                 bits = magnitude_bits(
                     part[start : start + 64], np.empty(part[start : start + 64].size, np.int32)
                 )
-                scan.add(start, bits, np.empty_like(bits), np.empty(bits.size, np.bool_))
+                scan.add(start, bits, np.empty((2, bits.size), np.bool_))
             scans.append(scan)
         wanted.finish(scans)
     begins = np.cumsum([0, *(part.size for part in parts)])

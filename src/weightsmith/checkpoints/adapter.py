@@ -141,6 +141,10 @@ class AdapterCheckpoint(Checkpoint):
             raw[(first - start) * size : (last - start) * size] = cast.view(np.uint8)
         return raw
 
+    def stores(self, name: str) -> bool:
+        """Whether the adapter leaves tensor `name` alone, or replaces it; see `Checkpoint.stores`."""
+        return super().stores(name) and self.tied.get(name, name) not in self._adapter.changes
+
     def fingerprint(self, *, full: bool = False) -> str:
         """Equal for equal base, factors and scales; never equal to that of a plain checkpoint."""
         digest = hashlib.blake2b(digest_size=16)

@@ -200,6 +200,10 @@ class Checkpoint:
         self._fill(out, descriptor, begin + start * bits // 8, name)
         return out
 
+    def stores(self, name: str) -> bool:
+        """Whether the stored bytes are all there is to tensor `name`: an adapter's changes are not stored."""
+        return name in self.tensors or name in self.tied
+
     def read_bytes(self, name: str, offset: int, size: int, out: np.ndarray | None = None) -> np.ndarray:
         """Bytes [offset, offset + size) of a stored tensor; `out` may be longer. Raises as `read_raw`."""
         descriptor, begin, *_ = self._places.get(name) or self._place(name)

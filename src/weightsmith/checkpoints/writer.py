@@ -38,6 +38,10 @@ _EARLY_BYTES = 1 << 20
 _PLACEHOLDER = "full:" + "0" * 32
 
 
+Receipt = tuple[list[tuple[int, int]], fingerprints.Checksum, int]
+"""Of one tensor: the elements written, their checksum, their bytes."""
+
+
 class _Scratch(threading.local):
     """One block of cast elements per thread."""
 
@@ -154,6 +158,16 @@ class CheckpointWriter:
             raise ValueError(f"{name}: {raw.size} bytes are no whole elements of {target.spec.dtype}")
         self._claim(target, start, start + raw.size * 8 // bits)
         self._put(target, raw, start * bits // 8)
+
+    def receipt(self, name: str) -> Receipt:
+        """What is known of tensor `name`, for `receive` in the process that this one was forked from."""
+        target = self._tensors[name]
+        return target.written, target.checksum, target.arrived
+
+    def receive(self, name: str, receipt: Receipt) -> None:
+        """Take note of a tensor that a forked copy of this writer has written, whole or in part."""
+        target = self._tensors[name]
+        target.written, target.checksum, target.arrived = receipt
 
     def commit(self) -> Path:
         """Flush everything and make the folder visible.

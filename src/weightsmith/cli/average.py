@@ -41,7 +41,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         device: Annotated[str, typer.Option(help="Where losses are measured: auto, cpu or cuda.")] = "auto",
         threads: Annotated[
-            int | None, typer.Option(min=1, help="Worker threads; one per core by default.")
+            int | None, typer.Option(min=1, help="Workers at once; one per core by default.")
         ] = None,
         as_json: output.AsJson = False,
     ) -> None:

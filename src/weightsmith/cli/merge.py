@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
         ] = False,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
         threads: Annotated[
-            int | None, typer.Option(min=1, help="Worker threads; one per core by default.")
+            int | None, typer.Option(min=1, help="Workers at once; one per core by default.")
         ] = None,
         device: Annotated[str, typer.Option(help="For spectral methods: auto, cpu or cuda.")] = "auto",
         as_json: output.AsJson = False,

@@ -12,6 +12,7 @@ from weightsmith.checkpoints import CheckpointWriter
 from weightsmith.merging.config import MergeConfig, parse_merge, read_merge_page
 from weightsmith.merging.engine import execute
 from weightsmith.merging.plan import MergePlan, open_plan
+from weightsmith.runs.memory import peak_rss_bytes
 from weightsmith.runs.progress import SILENT, Progress
 
 Config = MergeConfig | Mapping[str, Any] | str | Path
@@ -27,6 +28,7 @@ class MergeReport:
         parameters: Number of elements written.
         bytes: Size of the folder.
         seconds: Wall time, opening the inputs included.
+        memory_bytes: Peak memory of this process and its workers together, since this process began.
         warnings: What the user should know.
         tensors: What spectral methods report of each tensor: ranks, weights.
     """
@@ -36,6 +38,7 @@ class MergeReport:
     parameters: int
     bytes: int
     seconds: float
+    memory_bytes: int
     warnings: tuple[str, ...] = ()
     tensors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -47,6 +50,7 @@ class MergeReport:
             "parameters": self.parameters,
             "bytes": self.bytes,
             "seconds": round(self.seconds, 3),
+            "memory_bytes": self.memory_bytes,
             "warnings": list(self.warnings),
         }
 
@@ -66,7 +70,7 @@ def merge(
         config: A page's path, its content as a mapping, or what `read_merge_page` made of it.
         out: Folder to make; it appears whole or not at all.
         device: Where spectral methods compute: "auto", "cpu", "cuda". Element-wise methods use the CPU.
-        threads: Worker threads; one a core by default. The output's bytes do not depend on it.
+        threads: Workers at once; one a core by default. The output's bytes do not depend on it.
         progress: Told what is done.
         overwrite: Replace `out` when it exists and is a checkpoint.
 
@@ -85,6 +89,7 @@ def merge(
             parameters=sum(output.spec.numel for output in plan.outputs),
             bytes=written,
             seconds=time.perf_counter() - begun,
+            memory_bytes=peak_rss_bytes(),
             warnings=plan.warnings,
             tensors=tensors,
         )

@@ -201,7 +201,7 @@ def _measure(parameter: Parameter) -> _Sums:
     return sums
 
 
-def _changes(tile: Tile) -> list[np.ndarray]:
+def _changes(tile: Tile) -> np.ndarray:
     """The models' buffers turned into changes; without a base their mean takes its place."""
     if tile.base is None:
         mean = tile.scratch.get("mean", tile.numel)

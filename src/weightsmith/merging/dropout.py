@@ -1,8 +1,9 @@
 """Random dropping of task-vector entries, the same whatever the tile, thread or shard an entry is met in.
 
-Entry i of model t in a tensor is kept when lane i of a counter-based generator (Philox) is below density *
-2**32. The generator's key is made of seed, tensor name and t; its counter of i. Sixteen bits decide all but
-one entry in 65,536; those take sixteen more from a hash of key and i, so that any density is met to 2**-32.
+Entry i of model t in a tensor is kept when byte i of a generator's stream, with bits of a hash of i behind
+it, is below the density. The generator (PCG64 DXSM, which can jump to any place of its stream) and the hash
+are keyed by seed, tensor name and t. A byte decides all but one entry in 256, and all of them where the
+density is a multiple of 1/256; the hash meets any other density to 2**-32.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import numpy as np
 
 from weightsmith.runs.seeds import derive
 
-# 16-bit lanes that one step of Philox's counter makes: 4 words of 64 bits.
-_LANES = 16
+_BYTES = 8  # of one step of the generator
 
 
 def keys(seed: int, tensor: str, num_models: int) -> tuple[int, ...]:
@@ -26,29 +26,28 @@ def keep_flags(key: int, start: int, density: float, out: np.ndarray) -> np.ndar
     Args:
         key: From `keys`.
         start: Index of the first entry in its flattened tensor.
-        density: Probability of being kept, above 0, below 1.
+        density: Probability of being kept, above 0, at most 1.
         out: bool (n,); set.
     """
-    step, skipped = divmod(start, _LANES)
-    words = np.random.Philox(key=key, counter=step).random_raw(-(-(skipped + out.size) // 4))
-    lanes = words.astype("<u8", copy=False).view("<u2")[skipped : skipped + out.size]
-    high, low = divmod(round(density * 2**32), 2**16)
-    if high == 2**16:
+    high, low = divmod(round(density * 2**32), 2**24)
+    if high == 2**8:
         out[:] = True
         return out
+    step, skipped = divmod(start, _BYTES)
+    words = np.random.PCG64DXSM(key).advance(step).random_raw(-(-(skipped + out.size) // _BYTES))
+    drawn = words.astype("<u8", copy=False).view(np.uint8)[skipped : skipped + out.size]
     if low:
-        np.equal(lanes, np.uint16(high), out=out)
-        undecided = np.flatnonzero(out)
-        np.less(lanes, np.uint16(high), out=out)
-        out[undecided] = _hash16(key, start + undecided) < low
+        undecided = np.flatnonzero(np.equal(drawn, np.uint8(high), out=out))
+        np.less(drawn, np.uint8(high), out=out)
+        out[undecided] = _hash24(key, start + undecided) < low
     else:
-        np.less(lanes, np.uint16(high), out=out)
+        np.less(drawn, np.uint8(high), out=out)
     return out
 
 
-def _hash16(key: int, positions: np.ndarray) -> np.ndarray:
-    """Sixteen bits of a SplitMix64 step at each position: int64 (n,) -> uint64 (n,)."""
+def _hash24(key: int, positions: np.ndarray) -> np.ndarray:
+    """Twenty-four bits of a SplitMix64 step at each position: int64 (n,) -> uint64 (n,)."""
     state = positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state >> np.uint64(48)
+    return (state ^ (state >> np.uint64(31))) >> np.uint64(40)

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from weightsmith.merging.parameter import Scratch
-from weightsmith.tensors.blend import scaled
+from weightsmith.tensors.blend import scaled, summed
 
 _SIGN_BIT = np.int32(-0x80000000)
 
 
 def elect(
-    changes: Sequence[np.ndarray],
+    changes: np.ndarray,
     weights: Sequence[float],
     *,
     normalize: bool,
@@ -30,7 +30,7 @@ def elect(
     """The elected mean (or sum) of T changes.
 
     Args:
-        changes: T arrays fp32 (n,), entries that take no part at 0. Overwritten.
+        changes: fp32 (T, n), entries that take no part at 0. Overwritten.
         weights: T numbers; a negative one turns its model's vote round.
         normalize: Divide by the weight of the models that agree.
         zeros_negative: Elect minus where the votes cancel.
@@ -39,83 +39,61 @@ def elect(
     Returns:
         fp32 (n,), a scratch buffer.
     """
-    numel = changes[0].size
+    numel = changes.shape[1]
     # Equal weights cancel in a mean: the votes are counted (in one byte) instead of weighed.
     equal = len(set(weights)) == 1 and weights[0] > 0 and len(weights) < 256
     if not equal:
         for change, weight in zip(changes, weights, strict=True):
             scaled(change, weight)
-    sign = vote(changes, scratch).view(np.int32)
+    sign = summed(changes, scratch.get("votes", numel)).view(np.int32)
     if zeros_negative:
         np.subtract(sign, np.int32(1), out=sign)
     np.bitwise_and(sign, _SIGN_BIT, out=sign)
 
-    total = scratch.get("elected", numel)
-    divisor = _Divisor(numel, None if equal else weights, scratch) if normalize else None
-    for index, change in enumerate(changes):
-        # With the elected sign taken out, those who agree are the positive ones.
-        words = change.view(np.int32)
-        np.bitwise_xor(words, sign, out=words)
-        np.maximum(change, scratch.zeros(numel), out=change)
-        if index == 0:
-            np.copyto(total, change)
-        else:
-            np.add(total, change, out=total)
-        if divisor is not None:
-            divisor.add(index, change)
+    # With the elected sign taken out, those who agree are the positive ones.
+    words = changes.view(np.int32)
+    np.bitwise_xor(words, sign, out=words)
+    np.maximum(changes, scratch.filled(0.0, numel), out=changes)
+    divisor = _divisor(changes, None if equal else weights, scratch) if normalize else None
+    total = summed(changes, changes[0])
     words = total.view(np.int32)
     np.bitwise_xor(words, sign, out=words)
     if divisor is not None:
-        np.divide(total, divisor.finish(), out=total)
+        np.divide(total, divisor, out=total)
     elif equal:
         scaled(total, weights[0])
     return total
 
 
-def vote(changes: Sequence[np.ndarray], scratch: Scratch) -> np.ndarray:
-    """The sum of the changes, in a scratch buffer; its signs are the election's."""
-    votes = scratch.get("votes", changes[0].size)
-    if len(changes) == 1:
-        np.copyto(votes, changes[0])
-        return votes
-    np.add(changes[0], changes[1], out=votes)
-    for change in changes[2:]:
-        np.add(votes, change, out=votes)
-    return votes
-
-
-def vote_balance(changes: Sequence[np.ndarray], weights: Sequence[float], scratch: Scratch) -> int:
+def vote_balance(changes: np.ndarray, weights: Sequence[float], scratch: Scratch) -> int:
     """Number of entries with a positive sum less those with a negative one."""
     if len(set(weights)) > 1 or weights[0] < 0:
         for change, weight in zip(changes, weights, strict=True):
             scaled(change, weight)
-    votes = vote(changes, scratch)
+    votes = summed(changes, scratch.get("votes", changes.shape[1]))
     flags = scratch.get("flags", votes.size, np.bool_)
     positive = np.count_nonzero(np.greater(votes, np.float32(0), out=flags))
     return int(positive) - int(np.count_nonzero(np.less(votes, np.float32(0), out=flags)))
 
 
-class _Divisor:
-    """The weight of the models that agree, per entry: a count where weights are equal."""
+def _divisor(agreeing: np.ndarray, weights: Sequence[float] | None, scratch: Scratch) -> np.ndarray:
+    """The weight of the models whose entry is positive, fp32 (n,): a count where `weights` is None.
 
-    def __init__(self, numel: int, weights: Sequence[float] | None, scratch: Scratch) -> None:
-        self._weights = weights
-        self._flags = scratch.get("flags", numel, np.bool_)
-        self._work = scratch.get("agreeing", numel)
-        self._weight = scratch.get("agree", numel, np.uint8 if weights is None else np.float32)
-        self._weight[:] = 0
-
-    def add(self, index: int, agreeing: np.ndarray) -> None:
-        np.greater(agreeing, np.float32(0), out=self._flags)
-        if self._weights is None:
-            np.add(self._weight, self._flags.view(np.uint8), out=self._weight)
-        else:
-            np.multiply(self._flags, np.float32(self._weights[index]), out=self._work)
-            np.add(self._weight, self._work, out=self._weight)
-
-    def finish(self) -> np.ndarray:
-        """The divisor, 1 where nobody agrees or the weights cancel."""
-        np.equal(self._weight, self._weight.dtype.type(0), out=self._flags)
-        np.add(self._weight, self._flags.view(np.uint8), out=self._weight)
-        np.copyto(self._work, self._weight)
-        return self._work
+    It is 1 where nobody agrees or the weights cancel.
+    """
+    numel = agreeing.shape[1]
+    flags = scratch.get("flags", agreeing.size, np.bool_).reshape(agreeing.shape)
+    np.greater(agreeing, np.float32(0), out=flags)
+    weight = scratch.get("agreeing", numel)
+    if weights is None:
+        count = summed(flags.view(np.uint8), scratch.get("agree", numel, np.uint8))
+        np.add(count, np.equal(count, np.uint8(0), out=flags[0]).view(np.uint8), out=count)
+        np.copyto(weight, count)
+        return weight
+    work = scratch.get("votes of one", numel)
+    weight[:] = 0
+    for flag, one in zip(flags, weights, strict=True):
+        np.add(weight, np.multiply(flag, np.float32(one), out=work), out=weight)
+    nobody = flags[0]
+    np.equal(weight, np.float32(0), out=nobody)
+    return np.add(weight, nobody.view(np.uint8), out=weight)

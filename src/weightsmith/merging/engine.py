@@ -1,10 +1,10 @@
-"""Runs a plan: parameters on worker threads, each in tiles; matrices of spectral methods whole.
+"""Runs a plan: parameters in worker processes, each in tiles; matrices of spectral methods whole, on threads.
 
 Order    The largest parameter first, so that no worker is left alone with it at the end. Results do not
          depend on the order: every tensor has its place in the output before the first is written.
-Threads  One worker a core. NumPy lets the lock go inside each call, and a tile is big enough that the calls
-         are what takes the time. Spectral methods compute on one thread each too, on as many at once as
-         memory allows; on a GPU one matrix at a time, while another worker reads.
+Workers  One a core; why processes, and how they end, is told in `workers.py`. Spectral methods compute on
+         one thread each, on as many at once as memory allows; on a GPU one matrix at a time, while another
+         worker reads.
 Memory   A worker holds one tile of every model and a few buffers of its size, whatever the model's size.
 """
 
@@ -13,15 +13,15 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from weightsmith.errors import InputError
-from weightsmith.merging.parameter import TILE_ELEMENTS, Parameter, Scratch
+from weightsmith.merging.parameter import TILE_ELEMENTS, Parameter
 from weightsmith.merging.plan import MergePlan, Output
+from weightsmith.merging.workers import Processes, Tell, Threads
 from weightsmith.runs.environment import cores
 from weightsmith.runs.progress import Progress
 
@@ -40,6 +40,12 @@ class Sink(Protocol):
 
     def write_raw(self, name: str, data: np.ndarray, start: int = 0) -> None:
         """Take stored bytes of tensor `name` from element `start` on."""
+
+    def receipt(self, name: str) -> Any:
+        """What is known of tensor `name` after it was written."""
+
+    def receive(self, name: str, receipt: Any) -> None:
+        """Take note of a tensor that a forked copy of this sink wrote."""
 
 
 def execute(
@@ -73,34 +79,34 @@ def execute(
         if output.method is not None
     ]
     itemsizes = {o.spec.name: o.spec.nbytes / max(o.spec.numel, 1) for o in outputs}
-    with _Workers(plan.threads) as workers:
-        stats = _survey(pairs, workers, progress)
-        progress.start("merge", sum(output.spec.nbytes for output in outputs), "B")
-        lock = threading.Lock()
+    count = max(1, plan.threads or cores())
+    workers = Processes(count, tile_elements)
+    stats = _survey(pairs, workers, progress)
+    progress.start("merge", sum(output.spec.nbytes for output in outputs), "B")
 
-        def advance(name: str, elements: int) -> None:
-            with lock:
-                progress.advance(elements * itemsizes[name])
+    def by_tiles(pair: tuple[Parameter, Any], tell: Tell) -> tuple[str, Any]:
+        parameter, method = pair
+        known = stats[parameter.name] if parameter.name in stats else method.survey(parameter)
+        for tile in parameter.tiles():
+            sink.write(parameter.name, method.merge_tile(tile, known), tile.start)
+            tell(tile.numel * itemsizes[parameter.name])
+        return parameter.name, sink.receipt(parameter.name)
 
-        def by_tiles(parameter: Parameter, method: Any) -> None:
-            known = stats[parameter.name] if parameter.name in stats else method.survey(parameter)
-            for tile in parameter.tiles():
-                sink.write(parameter.name, method.merge_tile(tile, known), tile.start)
-                advance(parameter.name, tile.numel)
-
-        whole = [(p, m) for p, m in pairs if getattr(m, "spectral", False) and m.takes(p)]
-        taken = {parameter.name for parameter, _ in whole}
-        info = _by_matrices(whole, stats, sink, plan.device, workers, advance)
-        tiled = [(p, m) for p, m in pairs if p.name not in taken]
-        workers.each(lambda pair: by_tiles(*pair), tiled, key=lambda pair: pair[0])
-        for output in copies:
-            _copy(output, sink)
-            advance(output.spec.name, output.spec.numel)
-        progress.done()
+    whole = [(p, m) for p, m in pairs if getattr(m, "spectral", False) and m.takes(p)]
+    taken = {parameter.name for parameter, _ in whole}
+    tiled = [(p, m) for p, m in pairs if p.name not in taken]
+    for name, receipt in workers.each(by_tiles, tiled, lambda pair: pair[0], progress.advance):
+        sink.receive(name, receipt)
+    # After the forks: those would inherit torch and what it holds.
+    info = _by_matrices(whole, stats, sink, plan.device, count, itemsizes, progress)
+    for output in copies:
+        _copy(output, sink)
+        progress.advance(output.spec.nbytes)
+    progress.done()
     return info
 
 
-def _survey(pairs: Sequence[tuple[Parameter, Any]], workers: _Workers, progress: Progress) -> dict[str, Any]:
+def _survey(pairs: Sequence[tuple[Parameter, Any]], workers: Processes, progress: Progress) -> dict[str, Any]:
     """Stats of methods whose statistic spans tensors, by tensor; empty for the others."""
     methods = {method for _, method in pairs if getattr(method, "global_survey", False)}
     if not methods:
@@ -115,20 +121,14 @@ def _survey(pairs: Sequence[tuple[Parameter, Any]], workers: _Workers, progress:
     def parallel(work: Callable[[Parameter], T], some: Sequence[Parameter]) -> list[T]:
         progress.start("measure", float(len(some)), "tensors")
 
-        def one(parameter: Parameter) -> T:
+        def one(parameter: Parameter, tell: Tell) -> T:
             found = work(parameter)
-            advance()
+            tell(1.0)
             return found
 
-        found = workers.each(one, some, key=lambda parameter: parameter)
+        found = workers.each(one, some, lambda parameter: parameter, progress.advance)
         progress.done()
         return found
-
-    lock = threading.Lock()
-
-    def advance() -> None:
-        with lock:
-            progress.advance(1.0)
 
     return dict(method.survey_all([parameter for parameter, _ in pairs], parallel))
 
@@ -138,8 +138,9 @@ def _by_matrices(
     stats: dict[str, Any],
     sink: Sink,
     device: str,
-    workers: _Workers,
-    advance: Callable[[str, int], None],
+    count: int,
+    itemsizes: Mapping[str, float],
+    progress: Progress,
 ) -> dict[str, dict[str, Any]]:
     """The whole-matrix route; torch is imported here and nowhere before."""
     if not whole:
@@ -149,7 +150,7 @@ def _by_matrices(
     turn = threading.Lock() if on_gpu else contextlib.nullcontext()
     at_once = 2 if on_gpu else at_once_in_memory(whole)
 
-    def merge(pair: tuple[Parameter, Any]) -> tuple[str, dict[str, Any]]:
+    def merge(pair: tuple[Parameter, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
         parameter, method = pair
         known = stats[parameter.name] if parameter.name in stats else method.survey(parameter)
         base, models = parameter.whole()
@@ -158,11 +159,11 @@ def _by_matrices(
         del base, models
         flat = np.ascontiguousarray(merged, np.float32).reshape(-1)
         sink.write(parameter.name, flat)
-        advance(parameter.name, flat.size)
+        tell(flat.size * itemsizes[parameter.name])
         return parameter.name, info
 
-    with workers.at_most(at_once):
-        return dict(workers.each(merge, whole, key=lambda pair: pair[0]))
+    threads = Threads(min(count, at_once))
+    return dict(threads.each(merge, whole, lambda pair: pair[0], progress.advance))
 
 
 def resolve_device(device: str) -> str:
@@ -217,61 +218,3 @@ def _copy(output: Output, sink: Sink) -> None:
     for start in range(0, output.spec.numel, step):
         stop = min(start + step, output.spec.numel)
         sink.write_raw(output.spec.name, origin.checkpoint.read_raw(origin.name, start, stop), start)
-
-
-class _Workers:
-    """Threads that each keep their scratch buffers from parameter to parameter."""
-
-    def __init__(self, threads: int | None) -> None:
-        self.threads = max(1, threads or cores())
-        self._local = threading.local()
-        self._pool = ThreadPoolExecutor(self.threads, "merge")
-        self._seats: threading.Semaphore | contextlib.nullcontext = contextlib.nullcontext()
-
-    def each(
-        self, work: Callable[[Any], T], items: Sequence[Any], key: Callable[[Any], Parameter]
-    ) -> list[T]:
-        """`work` of every item, largest parameter first; results in the order of the items.
-
-        The first error stops what has not begun and is raised when the rest has ended.
-        """
-        stop = threading.Event()
-
-        def run(item: Any) -> T | None:
-            if stop.is_set():
-                return None
-            with self._seats:
-                key(item).scratch = self._scratch()
-                try:
-                    return work(item)
-                except BaseException:
-                    stop.set()
-                    raise
-
-        order = sorted(range(len(items)), key=lambda place: -key(items[place]).numel)
-        futures = {place: self._pool.submit(run, items[place]) for place in order}
-        try:
-            wait(futures.values(), return_when=FIRST_EXCEPTION)
-        finally:
-            stop.set()
-        return [futures[place].result() for place in range(len(items))]  # pyrefly: ignore
-
-    @contextlib.contextmanager
-    def at_most(self, count: int) -> Iterator[None]:
-        """Inside, only so many items are in work at once."""
-        self._seats = threading.Semaphore(count)
-        try:
-            yield
-        finally:
-            self._seats = contextlib.nullcontext()
-
-    def _scratch(self) -> Scratch:
-        if not hasattr(self._local, "scratch"):
-            self._local.scratch = Scratch()
-        return self._local.scratch
-
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)

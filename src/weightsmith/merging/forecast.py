@@ -29,7 +29,7 @@ from weightsmith.runs.prediction import Prediction
 from weightsmith.runs.progress import SILENT
 
 _SAMPLES = 8
-_SAMPLE_ELEMENTS = 2 * TILE_ELEMENTS
+_SAMPLE_ELEMENTS = 4 * TILE_ELEMENTS
 _TINY_ELEMENTS = 2048
 # Operations of the largest matrix that is tried out: about a second's worth.
 _TRIAL_FLOPS = 2e10
@@ -79,14 +79,17 @@ class _Trial:
             return 0.0
         by_size = sorted(outputs, key=lambda output: output.spec.numel)
         tiny = [_cut(output, _TINY_ELEMENTS) for output in by_size[:_SAMPLES]]
-        self._run(tiny)  # imports, threads and buffers, once
-        for_tensors = self._run(tiny) / len(tiny)
+        self._run(tiny)  # imports and buffers, once
+        at_once = self._run(tiny)
+        for_tensors = at_once / len(tiny)
+        to_fork = max(self._run(tiny, tile_elements=1) - at_once, 0.0)
         sample = [
             _cut(output, _SAMPLE_ELEMENTS) for output in _spread(by_size, max(_SAMPLES, 2 * self._threads))
         ]
         elements = sum(output.spec.numel for output in sample)
-        for_elements = max(self._run(sample) - for_tensors * len(sample), 0.0) / max(elements, 1)
-        return for_tensors * len(outputs) + for_elements * sum(output.spec.numel for output in outputs)
+        for_elements = max(self._run(sample) - to_fork - for_tensors * len(sample), 0.0) / max(elements, 1)
+        all_elements = sum(output.spec.numel for output in outputs)
+        return to_fork + for_tensors * len(outputs) + for_elements * all_elements
 
     def matrices(self, outputs: Sequence[Output]) -> tuple[float, int]:
         """Seconds for all of these tensors as whole matrices, and memory beyond that of the trial."""
@@ -123,14 +126,14 @@ class _Trial:
             default=0,
         )
 
-    def _run(self, outputs: Sequence[Output]) -> float:
+    def _run(self, outputs: Sequence[Output], tile_elements: int = TILE_ELEMENTS) -> float:
         self._runs += 1
         specs = [output.spec for output in outputs]
         begun = time.perf_counter()
         with CheckpointWriter(
             self._folder / str(self._runs), specs, side_files={}, lineage=self._plan.lineage
         ) as writer:
-            execute(self._plan, outputs, writer, progress=SILENT)
+            execute(self._plan, outputs, writer, progress=SILENT, tile_elements=tile_elements)
             writer.commit()
         return time.perf_counter() - begun
 

@@ -27,19 +27,24 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 
 from weightsmith.errors import CheckpointError
+from weightsmith.tensors.floats import to_float32
 
 PerModel = float | tuple[float, ...]
 NanPolicy = Literal["raise", "zero"]
 Reader = Callable[[int, int, np.ndarray], Any]
 """Fills an fp32 buffer with elements [start, stop) of a flattened tensor."""
 
-# Big enough that a NumPy call outlasts the hand-over of Python's lock between two workers (64 K elements lose
-# half of the second core), small enough that a dozen buffers stay in a shared cache.
-TILE_ELEMENTS = 262_144
+# Big enough that Python's share of the work is a tenth, small enough that the buffers of two workers stay in
+# a shared cache.
+TILE_ELEMENTS = 131_072
 # Tiles of vectors, and the pieces of long rows, begin at multiples of this.
 GRAIN_ELEMENTS = 4096
-# Neighbours read together for a sample: one read costs as much as a few hundred elements.
-SAMPLED_RUN = 1024
+# A sample takes every eighth element of runs of so many: a read costs as much as thousands of elements, and
+# neighbours are alike.
+SAMPLED_RUN = 32_768
+_SAMPLED_STEP = 8
+# Stored bits of bfloat16's infinity; those of NaN are larger.
+_INFINITE_BITS = 0x7F80
 
 
 class Scratch:
@@ -56,12 +61,12 @@ class Scratch:
             buffer = self._buffers[key, kind] = np.empty(numel, kind)
         return buffer[:numel]
 
-    def zeros(self, numel: int) -> np.ndarray:
-        """Read-only fp32 zeros (an array operand is three times as fast as a scalar in `np.maximum`)."""
-        buffer = self._buffers.get(("zeros", np.dtype(np.float32)))
-        if buffer is None or buffer.size < numel:
-            buffer = self._buffers["zeros", np.dtype(np.float32)] = np.zeros(numel, np.float32)
-        return buffer[:numel]
+    def filled(self, value: float, numel: int) -> np.ndarray:
+        """Read-only fp32 copies of one number, where an array is a faster operand than a scalar."""
+        key = f"filled {value}", np.dtype(np.float32)
+        if key not in self._buffers or self._buffers[key].size < numel:
+            self._buffers[key] = np.full(numel, value, np.float32)
+        return self._buffers[key][:numel]
 
 
 @dataclass(slots=True)
@@ -71,26 +76,24 @@ class Tile:
     Attributes:
         start: Index of the first element in the flattened parameter.
         base: fp32 (n,), or None for methods without a base. May be overwritten.
-        models: T arrays, fp32 (n,). May be overwritten.
+        models: fp32 (T, n). May be overwritten.
         scratch: Buffers of the worker.
     """
 
     start: int
     base: np.ndarray | None
-    models: list[np.ndarray]
+    models: np.ndarray
     scratch: Scratch = field(default_factory=Scratch, repr=False)
 
     @property
     def numel(self) -> int:
         """Elements in this tile."""
-        return self.models[0].size
+        return self.models.shape[1]
 
-    def deltas(self) -> list[np.ndarray]:
-        """The models' buffers turned into their differences from the base, in place."""
+    def deltas(self) -> np.ndarray:
+        """The models turned into their differences from the base, in place."""
         assert self.base is not None
-        for model in self.models:
-            np.subtract(model, self.base, out=model)
-        return self.models
+        return np.subtract(self.models, self.base, out=self.models)
 
 
 class Parameter:
@@ -103,6 +106,15 @@ class Parameter:
         layer: Index of the output layer, None outside the layer stack.
         config: config.json of the model the output takes after: heads and sizes, for fused layers.
         scratch: Buffers of the worker that has this parameter in hand; set by the engine.
+
+    Args:
+        readers: One for each model.
+        base_reader: None for methods without a base.
+        base_label: What messages call the base.
+        bits_readers: Where base and models are all stored as bfloat16: a reader of the stored bits for each,
+            base first, that fills bytes. Tiles are then widened in one go.
+        nan_policy: What to do about NaN and infinity.
+        tile_elements: Elements of a tile, about.
     """
 
     def __init__(
@@ -114,6 +126,7 @@ class Parameter:
         readers: Sequence[Reader],
         base_reader: Reader | None = None,
         base_label: str = "base",
+        bits_readers: Sequence[Reader] = (),
         layer: int | None = None,
         config: Mapping[str, Any] | None = None,
         nan_policy: NanPolicy = "raise",
@@ -129,6 +142,7 @@ class Parameter:
         self._readers = tuple(readers)
         self._base_reader = base_reader
         self._base_label = base_label
+        self._bits_readers = tuple(bits_readers)
         self._nan_policy = nan_policy
         self._tile_elements = tile_elements
         self._known_finite = False
@@ -171,36 +185,17 @@ class Parameter:
 
     def tile(self, start: int, stop: int) -> Tile:
         """The elements [start, stop) of base and models."""
-        numel = stop - start
-        base = None
-        if self._base_reader is not None:
-            base = self.scratch.get("base", numel)
-            self._fill(base, self._base_reader, self._base_label, start, stop)
-        models = []
-        for index, reader in enumerate(self._readers):
-            values = self.scratch.get(f"model {index}", numel)
-            self._fill(values, reader, self.models[index], start, stop)
-            models.append(values)
-        return Tile(start, base, models, self.scratch)
+        return self._as_tile(start, self._read(start, stop))
 
     def sample(self, numel: int) -> Tile:
-        """About `numel` elements in evenly spread runs, in fresh memory; all of them if there are no more."""
-        if numel >= self.numel:
-            runs = [(0, self.numel)]
-        else:
-            run = min(SAMPLED_RUN, numel)
-            firsts = np.linspace(0, self.numel - run, numel // run if run else 0).astype(np.int64).tolist()
-            runs = [(first, first + run) for first in firsts]
-        size = sum(stop - start for start, stop in runs)
-        readers = [(self._base_label, self._base_reader), *zip(self.models, self._readers, strict=True)]
-        filled = [np.empty(size, np.float32) if reader else None for _, reader in readers]
-        at = 0
-        for start, stop in runs:
-            for (label, reader), values in zip(readers, filled, strict=True):
-                if reader is not None and values is not None:
-                    self._fill(values[at : at + stop - start], reader, label, start, stop)
-            at += stop - start
-        return Tile(-1, filled[0], [values for values in filled[1:] if values is not None])
+        """About `numel` elements, evenly spread, in fresh memory; all of them if there are no more."""
+        numel = min(numel, self.numel)
+        seen = numel * _SAMPLED_STEP
+        run = self.numel if seen >= self.numel else min(SAMPLED_RUN, seen)
+        count = max(1, min(seen, self.numel) // max(run, 1))
+        places = np.linspace(0, run - 1, numel // count).astype(np.int64)
+        firsts = np.linspace(0, self.numel - run, count).astype(np.int64).tolist()
+        return self._as_tile(-1, np.hstack([self._read(at, at + run)[:, places] for at in firsts]))
 
     def whole(self) -> tuple[np.ndarray | None, np.ndarray]:
         """Everything at once, in fresh memory: base fp32 of `shape` (or None), models fp32 (T, *shape)."""
@@ -214,9 +209,44 @@ class Parameter:
             self._fill(models[index], reader, self.models[index], 0, self.numel)
         return base, models.reshape(self.num_models, *self.shape)
 
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """The elements of base (if any) and models in a scratch buffer: fp32 (sources, n)."""
+        numel = stop - start
+        values = self.scratch.get("sources", self._num_sources * numel).reshape(self._num_sources, numel)
+        if not self._bits_readers:
+            for row, (reader, label) in zip(values, self._sources(), strict=True):
+                self._fill(row, reader, label, start, stop)
+            return values
+        bits = self.scratch.get("bits of sources", values.size, np.uint16).reshape(values.shape)
+        for row, reader in zip(bits.view(np.uint8), self._bits_readers, strict=True):
+            reader(start, stop, row)
+        to_float32(bits, "BF16", values)
+        if not (self._known_finite or bits.size == 0 or _all_finite_bits(bits)):
+            for row, (_, label) in zip(values, self._sources(), strict=True):
+                self._check_finite(row, label, start)
+        return values
+
+    def _as_tile(self, start: int, values: np.ndarray) -> Tile:
+        if self.has_base:
+            return Tile(start, values[0], values[1:], self.scratch)
+        return Tile(start, None, values, self.scratch)
+
+    @property
+    def _num_sources(self) -> int:
+        return self.num_models + self.has_base
+
+    def _sources(self) -> list[tuple[Reader, str]]:
+        """Reader and label of the base (if any) and the models."""
+        models = list(zip(self._readers, self.models, strict=True))
+        return models if self._base_reader is None else [(self._base_reader, self._base_label), *models]
+
     def _fill(self, values: np.ndarray, reader: Reader, label: str, start: int, stop: int) -> None:
         reader(start, stop, values)
-        if self._known_finite or values.size == 0 or _all_finite(values):
+        if not self._known_finite:
+            self._check_finite(values, label, start)
+
+    def _check_finite(self, values: np.ndarray, label: str, start: int) -> None:
+        if values.size == 0 or _all_finite(values):
             return
         if self._nan_policy == "zero":
             self._met_nonfinite = True
@@ -232,6 +262,11 @@ class Parameter:
 def _all_finite(values: np.ndarray) -> bool:
     # Largest and smallest carry NaN along and cost a quarter of isfinite().all().
     return bool(values.max() < np.inf and values.min() > -np.inf)
+
+
+def _all_finite_bits(bits: np.ndarray) -> bool:
+    # Read as signed, positive numbers keep their order; unsigned, negative ones are the largest.
+    return bool(bits.view(np.int16).max() < _INFINITE_BITS and bits.max() < _INFINITE_BITS + 0x8000)
 
 
 class MergeMethod(Protocol):

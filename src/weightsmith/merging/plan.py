@@ -59,6 +59,8 @@ class Output:
         self, config: Mapping[str, Any], nan_policy: NanPolicy = "raise", tile_elements: int = TILE_ELEMENTS
     ) -> Parameter:
         """What the method sees of it."""
+        sources = (*((self.base,) if self.base else ()), *self.models)
+        plain = all(o.info.dtype == "BF16" and o.checkpoint.stores(o.name) for o in sources)
         return Parameter(
             self.spec.name,
             self.spec.shape,
@@ -66,6 +68,7 @@ class Output:
             readers=[functools.partial(origin.checkpoint.read, origin.name) for origin in self.models],
             base_reader=functools.partial(self.base.checkpoint.read, self.base.name) if self.base else None,
             base_label=self.base.checkpoint.name if self.base else "base",
+            bits_readers=[functools.partial(o.checkpoint.read_raw, o.name) for o in sources] if plain else (),
             layer=self.layer,
             config=config,
             nan_policy=nan_policy,
@@ -82,7 +85,7 @@ class MergePlan:
         side_files: What the output carries beside weights.
         warnings: What the user should know, once each; showing it is the caller's.
         out: The folder to make, where it is known already.
-        threads: Worker threads; None for one per core.
+        threads: Workers at once; None for one per core.
         device: Where spectral methods compute.
     """
 

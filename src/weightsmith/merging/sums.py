@@ -29,9 +29,7 @@ def piece_dots(x: np.ndarray, y: np.ndarray, parameter: Parameter) -> np.ndarray
 def piece_absolutes(x: np.ndarray, parameter: Parameter, scratch: Scratch) -> np.ndarray:
     """Sums of |x| over the pieces of one tile: fp32 (n,) -> fp64 (pieces,)."""
     magnitudes = np.abs(x, out=scratch.get("magnitudes", x.size))
-    ones = scratch.get("ones", x.size)
-    ones[:] = 1.0
-    return piece_dots(magnitudes, ones, parameter)
+    return piece_dots(magnitudes, scratch.filled(1.0, x.size), parameter)
 
 
 def total(pieces: Iterable[np.ndarray]) -> float:

@@ -68,17 +68,14 @@ def collected_bytes(
     return round(sum(4 * selection.expected for selection in selections))
 
 
-def trimmed_deltas(tile: Tile, cuts: Cuts | None) -> list[np.ndarray]:
-    """The models' changes with dropped entries at 0, in place; all entries where `cuts` is None."""
+def trimmed_deltas(tile: Tile, cuts: Cuts | None) -> np.ndarray:
+    """The models' changes with dropped entries at 0, in place, fp32 (T, n); all where `cuts` is None."""
     deltas = tile.deltas()
     if cuts is None:
         return deltas
-    bits = tile.scratch.get("bits", tile.numel, np.int32)
-    mask = tile.scratch.get("mask", tile.numel, np.int32)
-    for delta, cut in zip(deltas, cuts, strict=True):
-        keep_mask(magnitude_bits(delta, bits), cut, tile.start, mask)
-        words = delta.view(np.int32)
-        np.bitwise_and(words, mask, out=words)
+    bits = _magnitudes(deltas, tile)
+    words = deltas.view(np.int32)
+    np.bitwise_and(words, keep_mask(bits, cuts, tile.start, bits), out=words)
     return deltas
 
 
@@ -104,16 +101,18 @@ def _of_model(
 
 
 def _sampled_bits(parameter: Parameter, numel: int) -> list[np.ndarray]:
-    return [
-        magnitude_bits(delta, np.empty(delta.size, np.int32)) for delta in parameter.sample(numel).deltas()
-    ]
+    deltas = parameter.sample(numel).deltas()
+    return list(magnitude_bits(deltas, np.empty(deltas.shape, np.int32)))
 
 
 def _scan(parameter: Parameter, selections: Sequence[Selection], scans: Sequence) -> None:
     for tile in parameter.tiles():
-        bits = tile.scratch.get("bits", tile.numel, np.int32)
-        work = tile.scratch.get("mask", tile.numel, np.int32)
-        flags = tile.scratch.get("flags", tile.numel, np.bool_)
-        for delta, selection, scan in zip(tile.deltas(), selections, scans, strict=True):
+        flags = tile.scratch.get("flags", 2 * tile.numel, np.bool_).reshape(2, -1)
+        for bits, selection, scan in zip(_magnitudes(tile.deltas(), tile), selections, scans, strict=True):
             if selection.cuts is None:
-                scan.add(tile.start, magnitude_bits(delta, bits), work, flags)
+                scan.add(tile.start, bits, flags)
+
+
+def _magnitudes(deltas: np.ndarray, tile: Tile) -> np.ndarray:
+    bits = tile.scratch.get("bits", deltas.size, np.int32).reshape(deltas.shape)
+    return magnitude_bits(deltas, bits)

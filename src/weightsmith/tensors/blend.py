@@ -11,27 +11,35 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def weighted_sum(values: Sequence[np.ndarray], weights: Sequence[float], divisor: float = 1.0) -> np.ndarray:
+def weighted_sum(
+    values: Sequence[np.ndarray] | np.ndarray, weights: Sequence[float], divisor: float = 1.0
+) -> np.ndarray:
     """`sum_t weights[t] * values[t] / divisor`, computed in the buffers of `values`.
 
     Args:
-        values: T arrays of one shape, fp32. Overwritten.
+        values: T arrays of one shape, fp32, or one whose rows they are. Overwritten.
         weights: T finite numbers.
         divisor: Not 0.
 
     Returns:
         `values[0]`, holding the sum.
     """
-    total = values[0]
     if len(set(weights)) == 1:
-        for value in values[1:]:
-            np.add(total, value, out=total)
-        return scaled(total, weights[0], divisor)
+        return scaled(summed(values, values[0]), weights[0], divisor)
     for value, weight in zip(values, weights, strict=True):
         scaled(value, weight, divisor)
-        if value is not total:
-            np.add(total, value, out=total)
-    return total
+    return summed(values, values[0])
+
+
+def summed(values: Sequence[np.ndarray] | np.ndarray, out: np.ndarray) -> np.ndarray:
+    """The sum of arrays in their order, in `out` (which may be the first of them)."""
+    if len(values) == 1:
+        np.copyto(out, values[0])
+        return out
+    np.add(values[0], values[1], out=out)
+    for value in values[2:]:
+        np.add(out, value, out=out)
+    return out
 
 
 def scaled(values: np.ndarray, factor: float, divisor: float = 1.0) -> np.ndarray:

@@ -23,9 +23,11 @@ import numpy as np
 MAGNITUDE_BITS = 0x7FFFFFFF
 COLLECTED_ELEMENTS = 1 << 21
 _COARSE_BITS = 16
+# Fewer bins where each of many small parts is counted into all of them.
+_RANK_BITS = 11
 # Half width of the sampled bracket in standard deviations of a quantile of independent draws. The sample
 # comes in runs of neighbours, which are alike, so this is wider than independence would ask for.
-_MARGIN = 6.0
+_MARGIN = 5.0
 # Up to this many distinct values in the bracket are counted one by one; so is a value that has this share of
 # the bracket. Changes of bfloat16 weights come in few values: that saves collecting them.
 _PROBES = 3
@@ -53,25 +55,30 @@ KEEP_ALL = Cut(0, float("inf"))
 
 
 def magnitude_bits(values: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """The bits of |values|: fp32 (n,) into int32 (n,)."""
+    """The bits of |values|: fp32 into int32 of the same shape."""
     return np.bitwise_and(values.view(np.int32), np.int32(MAGNITUDE_BITS), out=out)
 
 
-def keep_mask(bits: np.ndarray, cut: Cut, start: int, out: np.ndarray) -> np.ndarray:
+def keep_mask(bits: np.ndarray, cuts: Sequence[Cut], start: int, out: np.ndarray) -> np.ndarray:
     """All-ones words where an element of the tile at `start` is kept, zero elsewhere.
 
     Args:
-        bits: Magnitudes of the tile as int32 (n,), from `magnitude_bits`. Left untouched.
-        cut: The cut of this tile's part.
+        bits: Magnitudes of the tile in T streams as int32 (T, n), from `magnitude_bits`.
+        cuts: For each stream the cut of this tile's part.
         start: Where the tile starts in its part; tiles must be those of the scan.
-        out: int32 (n,).
+        out: int32 (T, n); may be `bits`.
     """
-    equals_kept = start < cut.start
+    limits = np.array([[cut.bits - (start < cut.start)] for cut in cuts], np.int32)
+    equals = [
+        (row, np.flatnonzero(bits[row] == np.int32(cut.bits))[: cut.count])
+        for row, cut in enumerate(cuts)
+        if start == cut.start and cut.count
+    ]
     # (limit - bits) is negative exactly where bits > limit; the shift spreads its sign over the word.
-    np.subtract(np.int32(cut.bits - equals_kept), bits, out=out)
+    np.subtract(limits, bits, out=out)
     np.right_shift(out, 31, out=out)
-    if start == cut.start and cut.count:
-        out[np.flatnonzero(bits == np.int32(cut.bits))[: cut.count]] = -1
+    for row, kept in equals:
+        out[row, kept] = -1
     return out
 
 
@@ -96,30 +103,29 @@ class Scan:
         """How many low bits a coarse bin spans."""
         return max(0, (self.high - self.low).bit_length() - _COARSE_BITS)
 
-    def add(self, start: int, bits: np.ndarray, work: np.ndarray, flags: np.ndarray) -> None:
+    def add(self, start: int, bits: np.ndarray, flags: np.ndarray) -> None:
         """Take in the tile at `start`.
 
         Args:
             start: Index of its first element; tiles come in ascending order.
             bits: Magnitudes, int32 (n,). Left untouched.
-            work: Scratch, int32 (n,).
-            flags: Scratch, bool (n,).
+            flags: Scratch, bool (2, n).
         """
+        above, reached = flags
         for index, probe in enumerate(self.probes or (self.high,)):
-            self.above[index] += int(np.count_nonzero(np.greater(bits, np.int32(probe), out=flags)))
+            self.above[index] += int(np.count_nonzero(np.greater(bits, np.int32(probe), out=above)))
         if self.probes:
-            equal = [np.count_nonzero(np.equal(bits, np.int32(probe), out=flags)) for probe in self.probes]
+            equal = [np.count_nonzero(np.equal(bits, np.int32(probe), out=reached)) for probe in self.probes]
             self.tiles.append((start, list(map(int, equal))))
             return
-        # One unsigned comparison for both ends: what lies below `low` wraps round to large.
-        np.subtract(bits, np.int32(self.low), out=work)
-        np.less_equal(work.view(np.uint32), np.uint32(self.high - self.low), out=flags)
-        inside = int(np.count_nonzero(flags))
-        self.tiles.append((start, [inside]))
-        if inside:
-            # Twice as fast as a boolean index.
-            self._take(work[np.flatnonzero(flags)], inside)
-        self.inside += inside
+        np.greater_equal(bits, np.int32(self.low), out=reached)
+        # Twice as fast as a boolean index.
+        inside = bits[np.flatnonzero(np.not_equal(above, reached, out=reached))]
+        self.tiles.append((start, [inside.size]))
+        if inside.size:
+            np.subtract(inside, np.int32(self.low), out=inside)
+            self._take(inside, inside.size)
+        self.inside += inside.size
 
     def _take(self, offsets: np.ndarray, inside: int) -> None:
         if self.collected is not None:
@@ -270,7 +276,7 @@ def largest(tiles: Iterable[np.ndarray], count: int, sample: np.ndarray | None =
         scan, start = selection.scan(sum(sizes)), 0
         for tile in tiles:
             bits = np.abs(tile).view(np.int32)
-            scan.add(start, bits, np.empty_like(bits), np.empty(tile.size, np.bool_))
+            scan.add(start, bits, np.empty((2, tile.size), np.bool_))
             start += tile.size
         selection.finish([scan])
     return selection.cuts[0]
@@ -278,9 +284,9 @@ def largest(tiles: Iterable[np.ndarray], count: int, sample: np.ndarray | None =
 
 def _ranked(parts: Sequence[np.ndarray], rank: int) -> tuple[int, int]:
     """The value of this rank (1 is the largest) among all parts, and its rank among its equals."""
-    shift = max(0, max(int(part.max()) for part in parts).bit_length() - _COARSE_BITS)
+    shift = max(0, max(int(part.max()) for part in parts).bit_length() - _RANK_BITS)
     # Counting in bins first is five times as fast as partitioning everything, and takes no copy of it.
-    counts = np.zeros(1 << _COARSE_BITS, np.int64)
+    counts = np.zeros(1 << _RANK_BITS, np.int64)
     for part in parts:
         counts += np.bincount(part >> shift, minlength=counts.size)
     bin, above = _bin_of(counts, rank)

@@ -105,7 +105,7 @@ class DareTies:
         scaled(change, self.lambda_ * self._common_factor(stats.masks))
         return np.add(tile.base, change, out=change)
 
-    def _changes(self, tile: Tile, masks: DropStats) -> list[np.ndarray]:
+    def _changes(self, tile: Tile, masks: DropStats) -> np.ndarray:
         assert isinstance(self.density, tuple)
         changes = dropped_deltas(tile, self.density, masks)
         if self._common_factor(masks) == 1.0:

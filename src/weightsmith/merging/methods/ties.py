@@ -127,7 +127,7 @@ class Ties:
         scaled(change, self.lambda_)
         return np.add(tile.base, change, out=change)
 
-    def _changes(self, tile: Tile, stats: TiesStats) -> list[np.ndarray]:
+    def _changes(self, tile: Tile, stats: TiesStats) -> np.ndarray:
         changes = trimmed_deltas(tile, stats.cuts)
         for change, factor in zip(changes, stats.factors or (), strict=False):
             scaled(change, factor)

@@ -24,6 +24,7 @@ import numpy as np
 from weightsmith.merging.matrices import EMBEDDINGS, is_matrix, matrix_indices, smallest_side, stack_shape
 from weightsmith.merging.options import check_range
 from weightsmith.merging.parameter import Parameter, PerModel, Tile
+from weightsmith.tensors.blend import scaled, summed
 
 if TYPE_CHECKING:
     import torch
@@ -114,14 +115,12 @@ class Tsvm:
     def merge_tile(self, tile: Tile, stats: Any) -> np.ndarray:
         """The base + mean of alpha_t D_t, fp32 (n,)."""
         assert tile.base is not None
-        total = tile.models[0]
-        for model, strength in zip(tile.models, each_model(self.alpha, len(tile.models)), strict=True):
-            # Base minus model is +0 where nothing changed, and subtracting +0 keeps even a -0 of the base.
-            np.subtract(tile.base, model, out=model)
-            if strength != 1:
-                model *= np.float32(strength)
-            if model is not total:
-                total += model
+        # Base minus model is +0 where nothing changed, and subtracting +0 keeps even a -0 of the base.
+        np.subtract(tile.base, tile.models, out=tile.models)
+        strengths = each_model(self.alpha, len(tile.models))
+        for model, strength in zip(tile.models, strengths, strict=True):
+            scaled(model, strength)
+        total = summed(tile.models, tile.models[0])
         total /= np.float32(len(tile.models))
         return np.subtract(tile.base, total, out=total)
 

@@ -2,8 +2,8 @@
 
     domains  every D_ fine-tune lowers its own domain's bits per character by >= 7 % against the base, and
              task arithmetic (strength chosen on calibration) lowers the mean over domains by >= 4 %
-    skills   the base is stopped while each skill is between chance + 10 and 75 points, and every S_ fine-tune
-             gains >= 10 points on its own skills
+    skills   the base has room: each skill is between chance + 10 and 75 points, and every S_ fine-tune gains
+             >= 10 points on its own skills
 
 All numbers are from the test pools, mild flavour. Three seeds; a gate holds when it holds for each of them.
 

@@ -1,7 +1,8 @@
 """The whole test-bed at one size and seed: a base and its fine-tunes, made once and kept.
 
-    base            mixture "domains": the four domains; "all": domains and skills, stopped while skills have
-    room D_ S_ A_        fine-tunes of `testbed.FINETUNES`; flavour "mild": 3/4 own data and 1/4 replay of the
+    base            mixture "domains": the four domains; "all": domains and skills, with room above and below
+                    each skill (`skill_base.py`)
+    D_ S_ A_        fine-tunes of `testbed.FINETUNES`; flavour "mild": 3/4 own data and 1/4 replay of the
                     base's mixture (merging, tailoring), "hard": own data only (routing, where conflict must
                     exist)
     joint           control: one fine-tune on all domains for as many steps as the domains' fine-tunes
@@ -33,7 +34,7 @@ from weightsmith.runs.progress import SILENT, Progress
 from weightsmith.runs.seeds import derive
 from weightsmith.testbed import DOMAINS, FINETUNES, SIZES, SKILLS, fingerprint
 from weightsmith.training.config import FinetuneConfig, TrainConfig
-from weightsmith.training.sources import DataSource
+from weightsmith.training.skill_base import mixture_for, train_skill_base
 
 Flavour = Literal["mild", "hard"]
 Mixture = Literal["domains", "all"]
@@ -41,7 +42,7 @@ Mixture = Literal["domains", "all"]
 REPLAY: Mapping[Flavour, float] = {"mild": 0.25, "hard": 0.0}
 JOINT = "joint"
 # What decides a checkpoint's weights besides the test-bed's own code.
-_CODE = ("bed.py", "callbacks.py", "data.py", "loop.py", "sources.py", "trainer.py")
+_CODE = ("bed.py", "callbacks.py", "data.py", "loop.py", "skill_base.py", "sources.py", "trainer.py")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class _Job:
     model: str
     out: Path
     seed: int
+    skills: bool = False  # a base that learns skills
 
 
 def bed(
@@ -104,7 +106,9 @@ def bed(
     key = _key(base_config, seed)
     folder = Path(cache) if cache else cache_folder()
     folder = folder / f"{size}-{mixture}-{seed}-{key}"
-    base = _Job(base_config, f"testbed/{size}", folder / "base", derive(seed, "base"))
+    base = _Job(
+        base_config, f"testbed/{size}", folder / "base", derive(seed, "base"), skills=mixture == "all"
+    )
     jobs = {}
     for name in names:
         config = finetune_of(name, finetune_config, flavour, base_config)
@@ -124,16 +128,20 @@ def configs(
     size: str, mixture: Mixture, *, base_steps: int | None = None, finetune_steps: int | None = None
 ) -> tuple[TrainConfig, FinetuneConfig]:
     """How the base of a bed is trained, and its fine-tunes apart from their data."""
-    drop = SIZES[size].layer_drop
-    data: tuple[str | DataSource, ...] = DOMAINS
-    steps = {"domains": BASE_STEPS[size], "all": BASE_STEPS_ALL[size]}[mixture]
-    if mixture == "all":
-        total = sum(SKILL_WEIGHTS.values())
-        shares = {name: (1 - SKILL_SHARE) / len(DOMAINS) for name in DOMAINS}
-        shares |= {name: SKILL_SHARE * SKILL_WEIGHTS[name] / total for name in SKILLS}
-        data = tuple(DataSource(source=name, weight=share) for name, share in shares.items())
-    base = TrainConfig(data=data, steps=base_steps or steps, layer_drop=drop)
-    return base, FinetuneConfig(data=data, steps=finetune_steps or FINETUNE_STEPS, layer_drop=drop)
+    shape = SIZES[size]
+    domains = TrainConfig(data=DOMAINS, steps=base_steps or BASE_STEPS[size], layer_drop=shape.layer_drop)
+    finetune = FinetuneConfig(
+        data=DOMAINS, steps=finetune_steps or FINETUNE_STEPS, layer_drop=shape.layer_drop
+    )
+    if mixture == "domains":
+        return domains, finetune
+    everything = dataclasses.replace(
+        domains,
+        data=mixture_for(dict.fromkeys(SKILLS, 0.0)),
+        steps=base_steps or BASE_STEPS_ALL[size],
+        learning_rate=0.288 / shape.hidden,  # half as much again as a plain run: lookups need it
+    )
+    return everything, finetune
 
 
 def finetune_of(name: str, config: FinetuneConfig, flavour: Flavour, base: TrainConfig) -> FinetuneConfig:
@@ -198,14 +206,14 @@ def _make(job: _Job) -> None:
         if job.out.exists():  # another process made it while we waited
             return
         workdir = job.out.parent / ".work" / job.out.name
-        if isinstance(job.config, FinetuneConfig):
+        if job.skills:
+            train_skill_base(job.config, job.model, job.out, workdir=workdir, seed=job.seed)
+        elif isinstance(job.config, FinetuneConfig):
             finetune(job.config, job.model, job.out, workdir=workdir, seed=job.seed)
         else:
             train(job.config, job.model, job.out, workdir=workdir, seed=job.seed)
 
 
 BASE_STEPS: Mapping[str, int] = {"xs": 500, "s": 800, "m": 2000}
-BASE_STEPS_ALL: Mapping[str, int] = {"xs": 1000, "s": 1500, "m": 2000}
+BASE_STEPS_ALL: Mapping[str, int] = {"xs": 4000, "s": 4000, "m": 4000}
 FINETUNE_STEPS = 150
-SKILL_SHARE = 0.6
-SKILL_WEIGHTS: Mapping[str, float] = dict.fromkeys(SKILLS, 1.0)

@@ -1,0 +1,117 @@
+"""The base of the skills bed: trained in short rounds, so that it ends with room above and below each skill.
+
+A skill switches on within a few hundred steps, at a step that differs from seed to seed and from skill to
+skill: no fixed mixture and number of steps leaves all six half-learnt. So after each round the skills are
+scored on the calibration pool, and a skill's share of the next round is what it still lacks. When all of them
+have left chance behind, the learning rate falls to its end within a few more rounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from weightsmith.evaluation import evaluate
+from weightsmith.runs.atomic import sync_folder
+from weightsmith.runs.seeds import derive
+from weightsmith.testbed import DOMAINS, SKILLS, chance
+from weightsmith.training.config import FinetuneConfig, TrainConfig
+from weightsmith.training.loop import finetune, train
+from weightsmith.training.sources import DataSource
+
+ROUND_STEPS = 100
+FALL = (0.75, 0.5, 0.25, 0.1)  # of the learning rate, in the last rounds
+SKILL_SHARE = 0.75  # of the mixture; the domains have the rest
+# Skills against each other: most for those that take longest to learn.
+SHARES = {"add": 1.2, "reverse": 0.7, "sort": 0.5, "lookup": 2.0, "maximum": 0.25, "count": 0.8}
+LEAST = 0.1  # of its first share: without any, a skill would be forgotten
+# Parts of the way from chance to mastery:
+ENOUGH = 0.2  # all skills are here: the learning rate may fall
+TARGET = 0.3  # a skill that is here is down to the least share
+CEILING = 0.45  # above, it pauses
+ITEMS = 200  # questions of each skill after each round
+
+
+def mixture_for(scores: Mapping[str, float]) -> tuple[DataSource, ...]:
+    """The domains evenly, and each skill by what it lacks to `TARGET`.
+
+    Args:
+        scores: Exact match of every skill on the calibration pool.
+    """
+    learnt = {skill: _learnt(skill, value) for skill, value in scores.items()}
+    lacking = {
+        skill: SHARES[skill] * min(1.0, max(LEAST, 1 - part / TARGET))
+        for skill, part in learnt.items()
+        if part < CEILING
+    }
+    skills = SKILL_SHARE if lacking else 0.0
+    shares = dict.fromkeys(DOMAINS, (1 - skills) / len(DOMAINS))
+    shares |= {skill: skills * lack / sum(lacking.values()) for skill, lack in lacking.items()}
+    return tuple(DataSource(source=name, weight=share) for name, share in shares.items())
+
+
+def train_skill_base(
+    config: TrainConfig, model: str | Path, out: str | Path, *, workdir: str | Path, seed: int
+) -> None:
+    """Train a base on domains and skills; a killed call goes on from its last round, and within it.
+
+    Args:
+        config: As for `train`; its data and learning rate are those of the first round, its steps the most
+            that are made before the learning rate falls.
+        model: What `train` starts from.
+        out: Folder of the base; it appears when it is complete.
+        workdir: Folder for the rounds.
+        seed: Decides everything random.
+
+    Raises:
+        InputError, CheckpointError, SystemFault: as `train`.
+    """
+    out, workdir = Path(out), Path(workdir)
+    steps = min(ROUND_STEPS, config.steps)
+    this = dataclasses.replace(config, steps=steps, schedule="constant")
+    last = max((_Round.of(folder) for folder in workdir.glob("round-*")), default=None)
+    if last is None:
+        last = _Round(0, 0)
+        train(this, model, last.folder(workdir), workdir=workdir / "work", seed=derive(seed, 0))
+    further = FinetuneConfig(**vars(this) | {"warmup_steps": 10})
+    while last.falls < len(FALL):
+        found = evaluate(last.folder(workdir), list(SKILLS), "calibration", items=ITEMS)
+        scores = {skill: score.value for skill, score in found.items()}
+        enough = all(_learnt(skill, value) >= ENOUGH for skill, value in scores.items())
+        number = last.number + 1
+        falls = last.falls + (enough or last.falls > 0 or number * steps >= config.steps)
+        rate = (config.learning_rate or 0.0) / math.sqrt(1 + number / 8)
+        if falls:
+            rate *= FALL[falls - 1]
+        this = dataclasses.replace(further, data=mixture_for(scores), learning_rate=rate)
+        before, last = last.folder(workdir), _Round(number, falls)
+        finetune(this, before, last.folder(workdir), workdir=workdir / "work", seed=derive(seed, number))
+        shutil.rmtree(before)
+    os.rename(last.folder(workdir), out)
+    sync_folder(out.parent)
+    shutil.rmtree(workdir)
+
+
+class _Round(NamedTuple):
+    """A finished round: its number, and how often the learning rate has fallen by then."""
+
+    number: int
+    falls: int
+
+    @classmethod
+    def of(cls, folder: Path) -> _Round:
+        number, falls = folder.name.removeprefix("round-").split(".")
+        return cls(int(number), int(falls))
+
+    def folder(self, workdir: Path) -> Path:
+        return workdir / f"round-{self.number}.{self.falls}"
+
+
+def _learnt(skill: str, score: float) -> float:
+    """The part of the way from chance (0) to mastery (1)."""
+    return (score - chance(skill)) / (1 - chance(skill))

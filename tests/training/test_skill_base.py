@@ -1,0 +1,115 @@
+"""The skills bed's base: each round's mixture follows what the skills lack, and a kill costs nothing."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from weightsmith.checkpoints.lineage import read_lineage
+from weightsmith.testbed import DOMAINS, SKILLS, chance
+from weightsmith.training import TrainConfig, skill_base
+from weightsmith.training.skill_base import (
+    CEILING,
+    FALL,
+    LEAST,
+    SKILL_SHARE,
+    TARGET,
+    mixture_for,
+    train_skill_base,
+)
+
+CONFIG = TrainConfig(data=mixture_for(dict.fromkeys(SKILLS, 0.0)), steps=8, batch_size=2, learning_rate=1e-3)
+
+
+def shares(**scores):
+    """Each source's share by name, relative to its share when nothing is learnt."""
+    first, found = (
+        {source.source: source.weight for source in mixture_for({**dict.fromkeys(SKILLS, 0.0), **known})}
+        for known in ({}, scores)
+    )
+    assert sum(found.values()) == pytest.approx(1)
+    # Relative to a skill that has learnt nothing: the shares of all others grow when one falls.
+    return {name: found[name] / first[name] * first["add"] / found["add"] for name in found}
+
+
+def test_domains_have_a_fixed_share():
+    for scores in ({}, {"sort": 0.4, "count": 0.9}):
+        found = mixture_for({**dict.fromkeys(SKILLS, 0.0), **scores})
+        domains = [source.weight for source in found if source.source in DOMAINS]
+        assert domains == pytest.approx([(1 - SKILL_SHARE) / len(DOMAINS)] * len(DOMAINS))
+
+
+def at(skill, part):
+    """The score at a part of the way from chance to mastery."""
+    return {skill: chance(skill) + part * (1 - chance(skill))}
+
+
+def test_a_skill_half_way_to_the_target_has_half_its_share():
+    assert shares(**at("maximum", TARGET / 2))["maximum"] == pytest.approx(0.5)
+
+
+def test_a_skill_at_the_target_keeps_a_little_and_above_the_ceiling_nothing():
+    assert shares(**at("count", TARGET))["count"] == pytest.approx(LEAST)
+    assert shares(**at("count", CEILING - 0.01))["count"] == pytest.approx(LEAST)
+    assert "count" not in shares(**at("count", CEILING + 1e-9))
+
+
+def test_when_all_skills_are_learnt_the_domains_have_everything():
+    found = mixture_for(dict.fromkeys(SKILLS, 1.0))
+    assert {source.source: source.weight for source in found} == dict.fromkeys(DOMAINS, 0.25)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Rounds of two steps."""
+    monkeypatch.setattr(skill_base, "ROUND_STEPS", 2)
+    monkeypatch.setattr(skill_base, "ITEMS", 4)
+
+
+def scored(monkeypatch, *rounds):
+    """Let every skill score as told after each round, and as last told from then on."""
+    values = list(rounds)
+
+    def evaluate(*args, **options):
+        value = values.pop(0) if len(values) > 1 else values[0]
+        return {skill: SimpleNamespace(value=value) for skill in SKILLS}
+
+    monkeypatch.setattr(skill_base, "evaluate", evaluate)
+
+
+@pytest.mark.parametrize(
+    ("scores", "rates"),
+    [
+        ((0.0, 0.0, 0.6), [1.0, 1.0, 1.0, *FALL]),  # falls when there is enough
+        ((0.6, 0.0), [1.0, *FALL]),  # and goes on falling
+        ((0.0,), [1.0, 1.0, 1.0, 1.0, *FALL]),  # or when the steps are spent
+    ],
+)
+def test_the_learning_rate_falls_when_all_skills_have_left_chance(
+    short, scores, rates, tmp_path, monkeypatch
+):
+    scored(monkeypatch, *scores)
+    train_skill_base(CONFIG, "testbed/xs", tmp_path / "base", workdir=tmp_path / "work", seed=0)
+    lineages = [read_lineage(tmp_path / "base")]
+    while lineages[0].inputs:
+        lineages.insert(0, lineages[0].inputs[0].lineage)
+    found = [lineage.parameters["learning_rate"] for lineage in lineages]
+    assert found == pytest.approx([1e-3 * rate / (1 + n / 8) ** 0.5 for n, rate in enumerate(rates)])
+    assert {lineage.parameters["steps"] for lineage in lineages} == {2}
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_killed_base_goes_on_from_its_last_round(short, tmp_path, monkeypatch):
+    train_skill_base(CONFIG, "testbed/xs", tmp_path / "whole", workdir=tmp_path / "work", seed=0)
+
+    def die(*args, **options):
+        raise KeyboardInterrupt
+
+    arguments = (CONFIG, "testbed/xs", tmp_path / "killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(skill_base, "finetune", die)
+        with pytest.raises(KeyboardInterrupt):
+            train_skill_base(*arguments, workdir=tmp_path / "work", seed=0)
+    monkeypatch.setattr(skill_base, "train", die)  # the first round is there
+    train_skill_base(*arguments, workdir=tmp_path / "work", seed=0)
+    for file in ("model.safetensors", "weightsmith.json"):
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

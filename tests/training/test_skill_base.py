@@ -11,6 +11,7 @@ from weightsmith.training.skill_base import (
     CEILING,
     FALL,
     LEAST,
+    MOST,
     SKILL_SHARE,
     TARGET,
     mixture_for,
@@ -31,11 +32,13 @@ def shares(**scores):
     return {name: found[name] / first[name] * first["add"] / found["add"] for name in found}
 
 
-def test_domains_have_a_fixed_share():
-    for scores in ({}, {"sort": 0.4, "count": 0.9}):
-        found = mixture_for({**dict.fromkeys(SKILLS, 0.0), **scores})
-        domains = [source.weight for source in found if source.source in DOMAINS]
-        assert domains == pytest.approx([(1 - SKILL_SHARE) / len(DOMAINS)] * len(DOMAINS))
+def test_domains_have_what_skills_leave():
+    even = mixture_for(dict.fromkeys(SKILLS, 0.0))
+    assert [source.weight for source in even if source.source in DOMAINS] == pytest.approx(
+        [(1 - SKILL_SHARE) / len(DOMAINS)] * len(DOMAINS)
+    )
+    one = mixture_for({**dict.fromkeys(SKILLS, 1.0), "add": 0.0})
+    assert {source.source: source.weight for source in one}["add"] == MOST
 
 
 def at(skill, part):
@@ -93,7 +96,7 @@ def test_the_learning_rate_falls_when_all_skills_have_left_chance(
     while lineages[0].inputs:
         lineages.insert(0, lineages[0].inputs[0].lineage)
     found = [lineage.parameters["learning_rate"] for lineage in lineages]
-    assert found == pytest.approx([1e-3 * rate / (1 + n / 8) ** 0.5 for n, rate in enumerate(rates)])
+    assert found == pytest.approx([1e-3 * rate / (1 + n / 16) ** 0.5 for n, rate in enumerate(rates)])
     assert {lineage.parameters["steps"] for lineage in lineages} == {2}
     assert not (tmp_path / "work").exists()
 

@@ -24,16 +24,17 @@ from weightsmith.training.config import FinetuneConfig, TrainConfig
 from weightsmith.training.loop import finetune, train
 from weightsmith.training.sources import DataSource
 
-ROUND_STEPS = 100
+ROUND_STEPS = 50
 FALL = (0.75, 0.5, 0.25, 0.1)  # of the learning rate, in the last rounds
-SKILL_SHARE = 0.75  # of the mixture; the domains have the rest
+SKILL_SHARE = 0.75  # of the mixture, for all skills; the domains have the rest
+MOST = 0.3  # of the mixture, for one skill: with more, the last ones would be mastered within a round
 # Skills against each other: most for those that take longest to learn.
 SHARES = {"add": 1.2, "reverse": 0.7, "sort": 0.5, "lookup": 2.0, "maximum": 0.25, "count": 0.8}
 LEAST = 0.1  # of its first share: without any, a skill would be forgotten
 # Parts of the way from chance to mastery:
 ENOUGH = 0.2  # all skills are here: the learning rate may fall
 TARGET = 0.3  # a skill that is here is down to the least share
-CEILING = 0.45  # above, it pauses
+CEILING = 0.4  # above, it pauses
 ITEMS = 200  # questions of each skill after each round
 
 
@@ -49,9 +50,9 @@ def mixture_for(scores: Mapping[str, float]) -> tuple[DataSource, ...]:
         for skill, part in learnt.items()
         if part < CEILING
     }
-    skills = SKILL_SHARE if lacking else 0.0
-    shares = dict.fromkeys(DOMAINS, (1 - skills) / len(DOMAINS))
-    shares |= {skill: skills * lack / sum(lacking.values()) for skill, lack in lacking.items()}
+    total = sum(lacking.values())
+    skills = {skill: min(MOST, SKILL_SHARE * lack / total) for skill, lack in lacking.items()}
+    shares = dict.fromkeys(DOMAINS, (1 - sum(skills.values())) / len(DOMAINS)) | skills
     return tuple(DataSource(source=name, weight=share) for name, share in shares.items())
 
 
@@ -85,7 +86,7 @@ def train_skill_base(
         enough = all(_learnt(skill, value) >= ENOUGH for skill, value in scores.items())
         number = last.number + 1
         falls = last.falls + (enough or last.falls > 0 or number * steps >= config.steps)
-        rate = (config.learning_rate or 0.0) / math.sqrt(1 + number / 8)
+        rate = (config.learning_rate or 0.0) / math.sqrt(1 + number / 16)
         if falls:
             rate *= FALL[falls - 1]
         this = dataclasses.replace(further, data=mixture_for(scores), learning_rate=rate)

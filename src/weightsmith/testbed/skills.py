@@ -239,7 +239,7 @@ SKILLS: dict[str, Skill] = {
     "add": Skill(_add, Dial(shortest=2, longest=2), _mean(lambda length, _: 10**-length)),
     "reverse": Skill(
         _reverse,
-        Dial(shortest=4, longest=14, alphabet=10),
+        Dial(shortest=4, longest=18, alphabet=10),
         _mean(lambda length, alphabet: alphabet**-length),
     ),
     "sort": Skill(_sort, Dial(shortest=4, longest=12, alphabet=10), _mean(_chance_sort)),

@@ -58,11 +58,15 @@ def loss_of(model, step):
     return nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten().roll(1))
 
 
-def adamw(model, **options):
+class OtherAdamW(torch.optim.AdamW):
+    """Stands for an optimiser that may keep something by group: its groups stay whole during a step."""
+
+
+def adamw(model, kind=torch.optim.AdamW, **options):
     decayed = [p for n, p in model.named_parameters() if p.ndim == 2]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2]
     groups = [{"params": decayed, "weight_decay": 0.3}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, **{"lr": 1e-2, "foreach": False, **options})
+    return kind(groups, **{"lr": 1e-2, "foreach": False, **options})
 
 
 def train(model, optimizer, steps, scheduler=None, start=0):
@@ -211,6 +215,19 @@ def test_both_modes_take_the_same_steps_under_a_learning_rate_schedule(backend):
         results.append(train(model, optimizer, 50, cosine(optimizer)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [{"foreach": False}, {"fused": True, "foreach": None}])
+def test_an_optimiser_that_keeps_its_groups_whole_takes_the_same_steps_as_adamw(backend):
+    model, twin = net(), net()
+    optimizer, other = adamw(model, **backend), adamw(twin, OtherAdamW, **backend)
+    decay_for(model, optimizer)
+    decay_for(twin, other)
+    seen = []
+    other.register_step_pre_hook(lambda o, *_: seen.append([len(g["params"]) for g in o.param_groups]))
+    for ours, theirs in zip(train(model, optimizer, 10), train(twin, other, 10), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert seen == [[len(group["params"]) for group in other.param_groups]] * 10
 
 
 @pytest.mark.parametrize("backend", [{"foreach": False}, {"foreach": True}])
@@ -538,9 +555,10 @@ def test_a_step_that_raises_leaves_the_groups_decay_in_place():
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_step_that_a_gradient_scaler_voids_leaves_the_weights_alone(fused):
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, OtherAdamW])
+def test_a_step_that_a_gradient_scaler_voids_leaves_the_weights_alone(kind, fused):
     model = net()
-    optimizer = adamw(model, fused=fused, foreach=None)
+    optimizer = adamw(model, kind, fused=fused, foreach=None)
     decay_for(model, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     for step in range(3):

@@ -13,8 +13,8 @@ Differs  All matrices of the repeated blocks take part (the public code drops th
          optimiser steps 0, interval, 2 interval (there: one step earlier). Rank-deficient matrices get eta
          and set no bound.
 Cost     A refresh is one Gram matrix and one eigenvalue problem a matrix: about 4 s on one core for a 60 M
-         model, shared between ranks. Between refreshes: nothing with one group a matrix; with decoupled decay
-         the multiplication that AdamW would do itself.
+         model, shared between ranks. Between refreshes: a call a matrix; with decoupled decay on an
+         accelerator, or in an optimiser of another library, the multiplication that it would do itself.
 
 options      every setting, and the rule from exponents to factors of the base decay
 matrices     which parameters take part, and why the others don't

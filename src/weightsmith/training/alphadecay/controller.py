@@ -21,7 +21,9 @@ from weightsmith.runs.atomic import append_line, read_lines, write_bytes
 from weightsmith.training.alphadecay import exponents as spectra
 from weightsmith.training.alphadecay.groups import (
     check_groups,
+    decays_in_place,
     decouples,
+    groups_by_decay,
     has_scheduler,
     inner_optimizer,
     one_group_each,
@@ -97,6 +99,7 @@ class AlphaDecay:
         self._alphas: np.ndarray | None = None
         self._factors: np.ndarray | None = None
         self._set_aside: list[tuple[dict[str, Any], float]] = []
+        self._whole_groups: list[dict[str, Any]] = []
         check_groups(self._optimizer, self.matrices, self.options)
         self.mode = self.options.mode
         if self.mode == "auto":
@@ -108,7 +111,7 @@ class AlphaDecay:
         self._handles = (
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
-            # A step that raised leaves a decay of 0 behind, which must not be saved.
+            # A step that raised leaves split groups or a decay of 0 behind, which must not be saved.
             self._optimizer.register_state_dict_pre_hook(lambda optimizer: self._restore()),
         )
         for name, reason in self.skipped.items():
@@ -299,9 +302,19 @@ class AlphaDecay:
 
     @torch.no_grad()
     def _decay(self) -> None:
-        """Multiply by 1 - lr * decay what the optimiser would have, and tell it not to."""
+        """Have the coming update decay each matrix by its own value.
+
+        In the optimiser's own pass where that goes through matrices one by one; otherwise in a pass before
+        it, and the optimiser is told not to.
+        """
         assert self._factors is not None
         factors = {id(matrix.parameter): f for matrix, f in zip(self.matrices, self._factors, strict=True)}
+        if decays_in_place(self._optimizer, self.matrices):
+            self._whole_groups = list(self._optimizer.param_groups)
+            self._optimizer.param_groups[:] = groups_by_decay(
+                self._whole_groups, lambda p, base: factors.get(id(p), 1.0) * self._bases.get(id(p), base)
+            )
+            return
         for group in self._optimizer.param_groups:
             members = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not any(id(parameter) in factors or id(parameter) in self._bases for parameter in members):
@@ -320,7 +333,10 @@ class AlphaDecay:
             torch._foreach_mul_(locals_, shrink)
 
     def _restore(self) -> None:
-        """Give groups their decay back; also after a step that raised."""
+        """Give groups their members and their decay back; also after a step that raised."""
+        if self._whole_groups:
+            self._optimizer.param_groups[:] = self._whole_groups
+            self._whole_groups = []
         while self._set_aside:
             group, decay = self._set_aside.pop()
             group["weight_decay"] = decay
@@ -351,9 +367,8 @@ class AlphaDecay:
         return bases
 
     def _current_bases(self) -> np.ndarray:
-        homes = {
-            id(p): group["weight_decay"] for group in self._optimizer.param_groups for p in group["params"]
-        }
+        groups = self._whole_groups or self._optimizer.param_groups
+        homes = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
         homes |= {id(p): decay for group, decay in self._set_aside for p in group["params"]}
         keys = [id(matrix.parameter) for matrix in self.matrices]
         return np.array([self._bases.get(key, homes[key]) for key in keys])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from weightsmith.errors import InputError
@@ -34,6 +35,34 @@ def decouples(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, torch.optim.AdamW) or all(
         group.get("decoupled_weight_decay") for group in optimizer.param_groups
     )
+
+
+def decays_in_place(optimizer: Optimizer, matrices: Sequence[Matrix]) -> bool:
+    """Whether the optimiser's own pass can decay each matrix by its own value at no cost.
+
+    On a CPU torch's kernels go through tensors one by one, so a group for each costs a call. An accelerator
+    takes all of a group in one launch, and other optimisers may keep something by group.
+    """
+    plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+    return plain and all(matrix.parameter.device.type == "cpu" for matrix in matrices)
+
+
+def groups_by_decay(
+    groups: Sequence[dict[str, Any]], decay_of: Callable[[Tensor, float], float]
+) -> list[dict[str, Any]]:
+    """The same groups, each split by the decay of its members.
+
+    Args:
+        groups: Left as they are.
+        decay_of: Decay of a parameter, from that of its group.
+    """
+    split = []
+    for group in groups:
+        members: dict[float, list[Tensor]] = {}
+        for parameter in group["params"]:
+            members.setdefault(float(decay_of(parameter, group["weight_decay"])), []).append(parameter)
+        split += [{**group, "params": those, "weight_decay": decay} for decay, those in members.items()]
+    return split
 
 
 def check_groups(optimizer: Optimizer, matrices: Sequence[Matrix], options: AlphaDecayOptions) -> None:

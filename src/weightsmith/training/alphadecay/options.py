@@ -44,7 +44,7 @@ class AlphaDecayOptions:
             biases and embeddings included (base), as the public code does.
         split: Name patterns of fused projections -> (axis, number of equal pieces or their sizes); the decay
             is the mean over the pieces.
-        mode: decoupled multiplies weights before each step of an AdamW-like optimiser and leaves its groups
+        mode: decoupled steers the decay inside each step of an AdamW-like optimiser and leaves its groups
             alone; groups gives each matrix a parameter group (any optimiser, before a learning rate scheduler
             is built); auto takes decoupled where the optimiser decouples decay.
         on_nonfinite: A matrix with NaN or infinity stops the run (raise) or keeps its last decay (keep).

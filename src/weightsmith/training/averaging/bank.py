@@ -129,7 +129,7 @@ class MemoryBank:
         self._check(slots, "the model")
         by_row = self._by_row(weights)
         for slot in slots:
-            slot.values.reshape(-1).copy_(self._mixed(slot.name, by_row))
+            self._mix_into(slot.values, slot.name, by_row)
         for name, buffer in integer_buffers(model) if isinstance(model, nn.Module) else ():
             if name in self._integers:
                 buffer.copy_(self._integers[name])
@@ -202,14 +202,19 @@ class MemoryBank:
         by_row[self._rows] = given.cpu()
         return by_row.to(self._device)
 
-    def _mixed(self, name: str, by_row: Tensor) -> Tensor:
+    def _mix_into(self, target: Tensor, name: str, by_row: Tensor) -> None:
+        """Set `target` to the mixture of `name`, without a buffer where the sum can be formed in place."""
         values = self._values[name]
-        total = torch.zeros(values.shape[1], device=self._device)
+        direct = target.dtype == torch.float32 and target.device == values.device and target.is_contiguous()
+        total = target.view(-1) if direct else torch.empty(values.shape[1], device=self._device)
         if name in self._reference:
-            total.add_(self._reference[name], alpha=float(by_row.sum()))
+            torch.mul(self._reference[name], float(by_row.sum()), out=total)
+        else:
+            total.zero_()
         for first, last in _runs(by_row != 0):
             self._add_product(values[first:last].mT, by_row[first:last], total)
-        return total
+        if not direct:
+            target.copy_(total.view(target.shape))
 
     def _products(self, name: str, flat: Tensor, looked: Tensor) -> Tensor:
         """fp64 (rows,): dot product of `flat` with each row of `name` that is looked at."""

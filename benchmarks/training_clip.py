@@ -125,11 +125,12 @@ def sections(layers: int) -> Iterable[Section]:
     )
     inside, apart = "AdaGCAdamW", "AdaGC.step + AdamW(fused)"
     kozistr, plain = "pytorch_optimizer AdaGC", "clip_grad_norm_ + AdamW(fused)"
+    bare = "AdamW(fused), no clipping"
     yield Section(
         "optimizers",
         "Clipping and AdamW",
         [
-            Contestant("AdamW(fused), no clipping", clip_and(fused, None)),
+            Contestant(bare, clip_and(fused, None)),
             Contestant(plain, clip_and(fused, global_clip)),
             Contestant("clip_grad_norm_ + AdamW(foreach)", clip_and(foreach, global_clip)),
             Contestant(apart, clip_and(fused, after)),
@@ -144,6 +145,7 @@ def sections(layers: int) -> Iterable[Section]:
         "warm-up",
         "Clipping and AdamW, in AdaGC's warm-up",
         [
+            Contestant(bare, clip_and(fused, None)),
             Contestant(inside, lambda p: AdaGCAdamW(p, lr=1e-5, clip={"warmup_steps": LONG}).step),
             Contestant(kozistr, lambda parameters: peer(parameters, LONG, foreach=True).step),
         ],

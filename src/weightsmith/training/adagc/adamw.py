@@ -103,21 +103,21 @@ class AdaGCAdamW(torch.optim.AdamW):
         places = dict(zip(map(id, parameters), self.clip.slots, strict=True))
         factors, bad = measured.factor_S.tolist(), measured.bad_S.tolist()
         for group in self.param_groups:
-            together: dict[torch.dtype, list[_Row]] = {}
+            together: dict[tuple[torch.dtype, float], list[_Row]] = {}
             for row in self._rows(group):
                 place = places[id(row.parameter)]
-                mine = slice(place.start, place.start + place.count)
-                if place.axis is None and not bad[place.start] and factors[place.start] != 1:
-                    inverse = torch.tensor(1.0 / factors[place.start])
-                    _update(
-                        [row], group, inverse if grad_scale is None else inverse * grad_scale.cpu(), found_inf
-                    )
-                    continue
-                if place.axis is not None or any(bad[mine]):
+                factor = 1.0
+                if place.axis is None and not bad[place.start]:
+                    factor = factors[place.start]
+                else:
                     scale_on_host([(row.gradient, place)], measured.factor_S, measured.bad_S)
-                together.setdefault(row.parameter.dtype, []).append(row)
-            for rows in together.values():
-                _update(rows, group, grad_scale, found_inf)
+                together.setdefault((row.parameter.dtype, factor), []).append(row)
+            for (_, factor), rows in together.items():
+                scale = grad_scale
+                if factor != 1:
+                    inverse = torch.tensor(1.0 / factor)
+                    scale = inverse if grad_scale is None else inverse * grad_scale.cpu()
+                _update(rows, group, scale, found_inf)
 
     def _rows(self, group: dict[str, Any]) -> list[_Row]:
         """What the kernel needs of each parameter with a gradient; AdamW makes the state on first use."""

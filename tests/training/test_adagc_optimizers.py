@@ -301,3 +301,15 @@ def test_scaling_on_a_device_is_scaling_on_the_host():
     assert counter.frame_count == 1
     assert all(torch.equal(a, b) for a, b in zip(host, device, strict=True))
     assert device[1].tolist() == [[1.0, 1.0], [0.25, 0.25], [0.0, 0.0]]
+
+
+def test_hooks_run_once_a_step_although_plain_adamw_has_hooks_too():
+    weight = torch.nn.Parameter(torch.ones(3))
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])  # from here on torch wraps AdamW.step
+    optimizer = AdaGCAdamW([weight], fused=False)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert calls == ["before", "after"]

@@ -91,7 +91,9 @@ class AdaGCAdamW(torch.optim.AdamW):
         group = self.param_groups[0]
         if not group["fused"] or local(group["params"][0]).device.type != "cpu":
             self.clip.step(**scale)
-            super().step()
+            # Once a plain AdamW exists, torch has wrapped its step to run hooks; ours runs them already.
+            step = torch.optim.AdamW.step
+            (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
             return loss
         self._step_in_kernel(self.clip.measure(**scale), **scale)
         return loss

@@ -93,7 +93,8 @@ class AdaGCAdamW(torch.optim.AdamW):
             self.clip.step(**scale)
             # Once a plain AdamW exists, torch has wrapped its step to run hooks; ours runs them already.
             step = torch.optim.AdamW.step
-            (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
+            inner = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+            inner(self)
             return loss
         self._step_in_kernel(self.clip.measure(**scale), **scale)
         return loss

@@ -12,7 +12,7 @@ import pytest
 from weightsmith.errors import CheckpointError, SystemFault
 from weightsmith.merging.parameter import Parameter
 from weightsmith.merging.workers import Processes, Threads
-from weightsmith.runs.memory import peak_rss_bytes, reset_peak
+from weightsmith.runs.memory import peak_rss_bytes, reset_peak, rss_bytes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers fork on Linux only")
 
@@ -137,3 +137,13 @@ def wait_until(true):
             return
         time.sleep(0.05)
     raise AssertionError("it never came about")
+
+
+def test_memory_of_one_round_of_workers_is_not_counted_again_in_the_next():
+    def work(parameter, tell):
+        return float(np.ones(4_000_000).sum())  # 32 MB
+
+    reset_peak()
+    for _ in range(6):
+        each(Processes(2, 10), work, parameters(10, 10))
+    assert peak_rss_bytes() - rss_bytes() < 300e6  # counted again each time: 2 GB

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 from weightsmith.errors import SystemFault
 from weightsmith.merging.parameter import Parameter, Scratch
-from weightsmith.runs.memory import count_helpers, peak_rss_bytes, rss_bytes
+from weightsmith.runs.memory import count_helpers, peak_rss_bytes, reset_peak, rss_bytes
 
 T = TypeVar("T")
 Tell = Callable[[float], None]
@@ -158,6 +158,7 @@ def _be_worker(
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             return
+        reset_peak()  # what earlier workers held is this process's parent's to count
         scratch, before = Scratch(), rss_bytes()
         while (number := int.from_bytes(os.read(turn[0], 8), "little")) < items:
             os.write(turn[1], (number + 1).to_bytes(8, "little"))

@@ -1,0 +1,42 @@
+"""Mediator: average the blocks on which fine-tunes agree, route those on which they conflict.
+
+Names load on first use, so that importing the room costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weightsmith.merging.mediator.options import MediatorConfig, RouterConfig
+    from weightsmith.merging.mediator.plan import MediatorPlan, plan_mediator, split_blocks
+    from weightsmith.merging.mediator.profile import Profile, conflict_profile
+
+_HOMES = {
+    "MediatorConfig": "options",
+    "MediatorPlan": "plan",
+    "Profile": "profile",
+    "RouterConfig": "options",
+    "conflict_profile": "profile",
+    "plan_mediator": "plan",
+    "split_blocks": "plan",
+}
+
+__all__ = [
+    "MediatorConfig",
+    "MediatorPlan",
+    "Profile",
+    "RouterConfig",
+    "conflict_profile",
+    "plan_mediator",
+    "split_blocks",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

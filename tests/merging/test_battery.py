@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from weightsmith.errors import InputError
-from weightsmith.merging import merge_state_dicts
+from weightsmith.merging import memory, merge_state_dicts
 from weightsmith.registry import cards, load
 
 METHODS = {card.id: load(card.id) for card in cards("merging")}
@@ -17,8 +17,6 @@ SHAPES = {
     "model.layers.0.mlp.weight": (8, 16),
     "model.norm.weight": (8,),
 }
-# How many models a method takes.
-NUM_MODELS = {"slerp": 2, "passthrough": 1}
 
 
 def random_weights(seed, scale=1.0):
@@ -26,12 +24,17 @@ def random_weights(seed, scale=1.0):
     return {name: (scale * rng.standard_normal(shape)).astype(np.float32) for name, shape in SHAPES.items()}
 
 
+def num_models(method):
+    """How many models are merged: three, or the most the method takes."""
+    return METHODS[method].max_models or 3
+
+
 def family(method, change=0.1):
     """A base and as many fine-tunes of it as the method takes; no base for methods that know none."""
     base = random_weights(0)
     models = [
         {name: base[name] + delta for name, delta in random_weights(1 + index, change).items()}
-        for index in range(NUM_MODELS.get(method, 3))
+        for index in range(num_models(method))
     ]
     return (base if METHODS[method].base == "required" else None), models
 
@@ -63,7 +66,7 @@ def test_an_unknown_option_is_an_error_that_names_it(method):
 
 def test_fine_tunes_equal_to_the_base_give_the_base(method):
     base = random_weights(0)
-    models = [base] * NUM_MODELS.get(method, 3)
+    models = [base] * num_models(method)
     merged = merge_state_dicts(base if METHODS[method].base == "required" else None, models, method)
     for name, values in base.items():
         np.testing.assert_allclose(merged[name], values, rtol=1e-6, atol=1e-7)
@@ -91,6 +94,22 @@ def test_the_order_of_the_names_does_not_matter(method):
     assert list(again) == list(reversed(merged))
     for name in SHAPES:
         np.testing.assert_array_equal(merged[name], again[name])
+
+
+def test_bits_do_not_depend_on_where_tiles_begin(method, monkeypatch):
+    rng = np.random.default_rng(3)
+    shapes = {"model.layers.0.mlp.weight": (40, 24), "model.norm.weight": (9000,)}
+    base = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    # Coarse changes: many are equal or nothing, and order decides among them.
+    models = [
+        {name: v + np.round(rng.standard_normal(v.shape), 1).astype(np.float32) for name, v in base.items()}
+        for _ in range(num_models(method))
+    ]
+    whole = merge_state_dicts(base if METHODS[method].base == "required" else None, models, method)
+    monkeypatch.setattr(memory, "TILE_ELEMENTS", 50)
+    tiled = merge_state_dicts(base if METHODS[method].base == "required" else None, models, method)
+    for name in shapes:
+        np.testing.assert_array_equal(whole[name], tiled[name])
 
 
 def test_inputs_are_left_untouched(method):

@@ -1,4 +1,4 @@
-"""The same pages through mergekit: the same tensors, for every method that is not random.
+"""The same pages through mergekit: the same tensors, or for random methods the same law.
 
 Runs where mergekit is installed in its own environment (`.venv-peers`, made for the benchmarks): it is LGPL
 and drags a pinned stack along, so it is no dependency of ours.
@@ -96,6 +96,9 @@ def pages(root):
         "ties": page("ties", models(*three, **weights, density=(0.2, 0.5, 0.33))),
         "ties_equal": page("ties", models(*three), weight=1.0, density=0.3, **{"lambda": 1.2}),
         "ties_sum": page("ties", models(*three, **weights), density=0.3, normalize=False, rescale=True),
+        "breadcrumbs": page("breadcrumbs", models(*three, **weights, density=(0.2, 0.5, 0.9)), gamma=0.05),
+        "breadcrumbs_all": page("breadcrumbs", models(*three, **weights)),
+        "breadcrumbs_ties": page("breadcrumbs_ties", models(*three, **weights), density=0.5, rescale=True),
         "slerp": page("slerp", models("base", "m1"), t=steps),
         "model_stock": page("model_stock", models(*three)),
         "model_stock_rows": page("model_stock", models(*three), filter_wise=True),
@@ -108,6 +111,20 @@ def pages(root):
     }
 
 
+def random_pages(root):
+    """Of one model, so that what was kept of its change shows."""
+    return {
+        method: {
+            "merge_method": method,
+            "base_model": str(root / "base"),
+            "models": [{"model": str(root / "m1"), "parameters": {"weight": 1.0, "density": 0.4}}],
+            "parameters": {"epsilon": 0.3} if method.startswith("della") else {},
+            "dtype": "float32",
+        }
+        for method in ("dare_linear", "dare_ties", "della_linear", "della")
+    }
+
+
 @pytest.fixture(scope="module")
 def merged_by_mergekit(tmp_path_factory):
     if not PEER.exists():
@@ -117,7 +134,7 @@ def merged_by_mergekit(tmp_path_factory):
     save(root / "base", base)
     for index in (1, 2, 3):
         save(root / f"m{index}", llama(index, base))
-    (root / "pages.json").write_text(json.dumps(pages(root)))
+    (root / "pages.json").write_text(json.dumps(pages(root) | random_pages(root)))
     done = subprocess.run(
         [PEER, "-c", RUN_PAGES, root / "pages.json", root / "theirs"],
         capture_output=True,
@@ -139,3 +156,26 @@ def test_a_page_gives_the_tensors_mergekit_gives(name, merged_by_mergekit, tmp_p
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     peer = json.loads((merged_by_mergekit / "theirs" / name / "config.json").read_text())
     assert config["num_hidden_layers"] == peer["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("method", random_pages(Path()))
+def test_a_random_page_follows_the_law_that_mergekits_does(method, merged_by_mergekit, tmp_path):
+    merge(random_pages(merged_by_mergekit)[method], tmp_path / "ours")
+    base, model = (read(merged_by_mergekit / name) for name in ("base", "m1"))
+    matrices = [name for name, values in base.items() if values.ndim == 2]
+    changes = {name: model[name] - base[name] for name in matrices}
+    # Which entries are above the median of their row.
+    large = {name: abs(c) > np.median(abs(c), axis=1, keepdims=True) for name, c in changes.items()}
+    spread = 0.3 if method.startswith("della") else 0.0
+    for folder in (tmp_path / "ours", merged_by_mergekit / "theirs" / method):
+        merged = read(folder)
+        kept = {name: abs(merged[name] - base[name]) > 1e-6 for name in matrices}
+        for side, wanted in ((True, 0.4 + spread / 2), (False, 0.4 - spread / 2)):
+            flags = np.concatenate([kept[name][large[name] == side] for name in matrices])
+            assert abs(flags.mean() - wanted) < 5 * np.sqrt(wanted * (1 - wanted) / flags.size) + 0.01
+        for name in matrices:
+            found, own = merged[name] - base[name], changes[name]
+            np.testing.assert_allclose(abs(found).sum(), abs(own).sum(), rtol=1e-3)
+            # One factor for all that is kept; what rounding of tiny changes may do is left out.
+            factors = (found / own)[kept[name] & (abs(own) > 0.02)]
+            np.testing.assert_allclose(factors, np.median(factors), rtol=1e-3)

@@ -33,9 +33,7 @@ def keep_flags(key: int, start: int, density: float, out: np.ndarray) -> np.ndar
     if high == 2**8:
         out[:] = True
         return out
-    step, skipped = divmod(start, _BYTES)
-    words = np.random.PCG64DXSM(key).advance(step).random_raw(-(-(skipped + out.size) // _BYTES))
-    drawn = words.astype("<u8", copy=False).view(np.uint8)[skipped : skipped + out.size]
+    drawn = _drawn_bytes(key, start, out.size)
     if low:
         undecided = np.flatnonzero(np.equal(drawn, np.uint8(high), out=out))
         np.less(drawn, np.uint8(high), out=out)
@@ -43,6 +41,28 @@ def keep_flags(key: int, start: int, density: float, out: np.ndarray) -> np.ndar
     else:
         np.less(drawn, np.uint8(high), out=out)
     return out
+
+
+def keep_flags_each(key: int, start: int, probabilities: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """As `keep_flags`, each entry with a probability of its own: fp32 (n,), inside (0, 1), to 2**-24.
+
+    Where a probability is a multiple of 2**-24, the flag is the one that `keep_flags` gives to that density.
+    """
+    drawn = _drawn_bytes(key, start, out.size)
+    scaled = np.multiply(probabilities, np.float32(256))  # exact: a power of two
+    high = scaled.astype(np.uint8)
+    undecided = np.flatnonzero(np.equal(drawn, high, out=out))
+    np.less(drawn, high, out=out)
+    low = (scaled[undecided] - high[undecided]).astype(np.float64) * 2**24
+    out[undecided] = _hash24(key, start + undecided) < low
+    return out
+
+
+def _drawn_bytes(key: int, start: int, count: int) -> np.ndarray:
+    """Bytes start .. start + count of the generator's stream, uint8."""
+    step, skipped = divmod(start, _BYTES)
+    words = np.random.PCG64DXSM(key).advance(step).random_raw(-(-(skipped + count) // _BYTES))
+    return words.astype("<u8", copy=False).view(np.uint8)[skipped : skipped + count]
 
 
 def _hash24(key: int, positions: np.ndarray) -> np.ndarray:

@@ -72,6 +72,10 @@ _DEFAULTS: dict[str, dict[str, Setting]] = {
     "ties": {"density": 1.0, "trim_scope": "tensor", "zero_sign": "positive"},
     "dare_linear": {"density": 1.0, "rescale": "l1"},
     "dare_ties": {"density": 1.0, "rescale": "l1", "normalize": False, "zero_sign": "positive"},
+    "della_linear": {"density": 1.0, "rescale": "l1"},
+    "della": {"density": 1.0, "rescale": "l1", "zero_sign": "positive"},
+    "breadcrumbs": {"density": 1.0},
+    "breadcrumbs_ties": {"density": 1.0, "normalize": False, "zero_sign": "positive"},
     "model_stock": {"clamp": False},
 }
 

@@ -31,9 +31,15 @@ class OptionError(InputError):
 
 
 def check_range(
-    key: str, value: PerModel, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
+    key: str,
+    value: PerModel,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
 ) -> None:
-    """Refuse a number, or any of several, outside [low, high] or (low, high].
+    """Refuse a number, or any of several, outside [low, high]; either end may be left out.
 
     Raises:
         OptionError: says the legal interval.
@@ -41,9 +47,10 @@ def check_range(
     for number in value if isinstance(value, tuple) else (value,):
         if not math.isfinite(number):
             raise OptionError(key, f"must be a finite number, got {number}")
-        if number > high or number < low or (open_low and number == low):
+        outside = number > high or number < low
+        if outside or (open_low and number == low) or (open_high and number == high):
             left = "(" if open_low or low == -math.inf else "["
-            right = ")" if high == math.inf else "]"
+            right = ")" if open_high or high == math.inf else "]"
             raise OptionError(key, f"must be in {left}{low:g}, {high:g}{right}, got {number:g}")
 
 

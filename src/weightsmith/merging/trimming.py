@@ -22,15 +22,7 @@ Cuts = tuple[Cut, ...]
 
 def tensor_cuts(parameter: Parameter, densities: Sequence[float]) -> Cuts:
     """For each model, the cut that keeps int(density * numel) entries of this tensor's change."""
-    numel = parameter.numel
-    selections = _of_tensor(parameter, densities)
-    while any(selection.cuts is None for selection in selections):
-        scans = [selection.scan(numel) for selection in selections]
-        _scan(parameter, selections, scans)
-        for selection, scan in zip(selections, scans, strict=True):
-            if selection.cuts is None:
-                selection.finish([scan])
-    return tuple(selection.cuts[0] for selection in selections if selection.cuts)
+    return _cuts_of_tensor(parameter, _of_tensor(parameter, densities))
 
 
 def model_cuts(
@@ -56,6 +48,24 @@ def model_cuts(
     return {parameter.name: row for parameter, row in zip(parameters, zip(*cuts, strict=True), strict=True)}
 
 
+def band_cuts(parameter: Parameter, bands: Sequence[tuple[int, int]]) -> tuple[Cuts, Cuts]:
+    """For each model, the cuts that keep its `upper` and its `lower` largest entries of this tensor's change.
+
+    Args:
+        parameter: The tensor.
+        bands: For each model `upper` and `lower`, 0 .. numel.
+
+    Returns:
+        The cuts of all `upper`, the cuts of all `lower`.
+    """
+    count = len(bands)
+    samples = _sampled_bits(parameter, _sample_of_tensor(parameter)) * 2
+    numbers = [upper for upper, _ in bands] + [lower for _, lower in bands]
+    selections = [Selection(n, parameter.numel, bits) for n, bits in zip(numbers, samples, strict=True)]
+    cuts = _cuts_of_tensor(parameter, selections)
+    return cuts[:count], cuts[count:]
+
+
 def collected_bytes(
     parameters: Sequence[Parameter], densities: Sequence[float], threads: int, *, by_tensor: bool
 ) -> int:
@@ -71,21 +81,48 @@ def collected_bytes(
 def trimmed_deltas(tile: Tile, cuts: Cuts | None) -> np.ndarray:
     """The models' changes with dropped entries at 0, in place, fp32 (T, n); all where `cuts` is None."""
     deltas = tile.deltas()
-    if cuts is None:
-        return deltas
+    return deltas if cuts is None else trimmed(deltas, tile, cuts)
+
+
+def trimmed(deltas: np.ndarray, tile: Tile, cuts: Cuts, outliers: Cuts | None = None) -> np.ndarray:
+    """The changes of a tile, fp32 (T, n), with dropped entries at 0, in place.
+
+    Args:
+        deltas: The models' changes.
+        tile: Where they are.
+        cuts: What is kept.
+        outliers: What of that is dropped all the same; nothing where None.
+    """
     bits = _magnitudes(deltas, tile)
     words = deltas.view(np.int32)
+    if outliers is not None:
+        mask = tile.scratch.get("outliers", deltas.size, np.int32).reshape(deltas.shape)
+        mask = keep_mask(bits, outliers, tile.start, mask)
+        np.bitwise_and(words, np.invert(mask, out=mask), out=words)
     np.bitwise_and(words, keep_mask(bits, cuts, tile.start, bits), out=words)
     return deltas
 
 
 def _of_tensor(parameter: Parameter, densities: Sequence[float]) -> list[Selection]:
-    numel = parameter.numel
-    wanted = min(max(numel // _SAMPLE_ONE_IN, _SMALL), _SAMPLE_OF_TENSOR)
+    samples = _sampled_bits(parameter, _sample_of_tensor(parameter))
     return [
-        Selection(int(density * numel), numel, bits)
-        for density, bits in zip(densities, _sampled_bits(parameter, wanted), strict=True)
+        Selection(int(density * parameter.numel), parameter.numel, bits)
+        for density, bits in zip(densities, samples, strict=True)
     ]
+
+
+def _sample_of_tensor(parameter: Parameter) -> int:
+    return min(max(parameter.numel // _SAMPLE_ONE_IN, _SMALL), _SAMPLE_OF_TENSOR)
+
+
+def _cuts_of_tensor(parameter: Parameter, selections: Sequence[Selection]) -> Cuts:
+    while any(selection.cuts is None for selection in selections):
+        scans = [selection.scan(parameter.numel) for selection in selections]
+        _scan(parameter, selections, scans)
+        for selection, scan in zip(selections, scans, strict=True):
+            if selection.cuts is None:
+                selection.finish([scan])
+    return tuple(selection.cuts[0] for selection in selections if selection.cuts)
 
 
 def _of_model(
@@ -106,11 +143,13 @@ def _sampled_bits(parameter: Parameter, numel: int) -> list[np.ndarray]:
 
 
 def _scan(parameter: Parameter, selections: Sequence[Selection], scans: Sequence) -> None:
+    """One pass for all selections; the models take turns where there are more of those."""
     for tile in parameter.tiles():
         flags = tile.scratch.get("flags", 2 * tile.numel, np.bool_).reshape(2, -1)
-        for bits, selection, scan in zip(_magnitudes(tile.deltas(), tile), selections, scans, strict=True):
+        bits = _magnitudes(tile.deltas(), tile)
+        for place, (selection, scan) in enumerate(zip(selections, scans, strict=True)):
             if selection.cuts is None:
-                scan.add(tile.start, bits, flags)
+                scan.add(tile.start, bits[place % len(bits)], flags)
 
 
 def _magnitudes(deltas: np.ndarray, tile: Tile) -> np.ndarray:

@@ -14,105 +14,62 @@ Cost     One pass; about 7 ns an element for three bfloat16 models on one core, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
 from weightsmith.merging.dropout import keep_flags, keys
-from weightsmith.merging.methods.task_arithmetic import weight_sum
-from weightsmith.merging.methods.ties import l1_factors
 from weightsmith.merging.options import check_range
 from weightsmith.merging.parameter import Parameter, PerModel, Tile
-from weightsmith.merging.sums import piece_dots, total
-from weightsmith.tensors.blend import weighted_sum
+from weightsmith.merging.thinning import AddedChanges
 
 Rescale = Literal["paper", "l1", "none"]
 
 
-@dataclass(frozen=True, slots=True)
-class DropStats:
-    """The masks of one tensor: each model's generator key, and what its kept entries are multiplied by."""
-
-    keys: tuple[int, ...]
-    factors: tuple[float, ...]
-
-
 @dataclass(frozen=True, kw_only=True)
-class DareLinear:
+class DareLinear(AddedChanges):
     """Drop and rescale, then add.
 
     Attributes:
-        weight: Weight of each model's change.
         density: Probability of an entry to be kept, in (0, 1].
-        lambda_: Scale of the whole change.
-        normalize: Divide by the sum of weights.
         rescale: `paper` divides what is kept by the density, `l1` restores each tensor's L1 norm.
         seed: Of the masks.
     """
 
-    weight: PerModel = 1.0
     density: PerModel = 0.5
-    lambda_: float = 1.0
-    normalize: bool = False
     rescale: Rescale = "paper"
     seed: int = 0
 
-    base: ClassVar[Literal["required", "optional", "none"]] = "required"
-    min_models: ClassVar[int] = 1
-    max_models: ClassVar[int | None] = None
-
     def __post_init__(self) -> None:
-        check_range("weight", self.weight)
+        super().__post_init__()
         check_range("density", self.density, 0, 1, open_low=True)
-        check_range("lambda", self.lambda_)
 
-    def survey(self, parameter: Parameter) -> DropStats:
-        """The masks' keys and factors; reads the tensor only for `rescale: l1`."""
+    def masks(self, parameter: Parameter) -> tuple[int, ...]:
+        """The generator key of each model's mask."""
+        return keys(self.seed, parameter.name, parameter.num_models)
+
+    def thin(self, deltas: np.ndarray, tile: Tile, masks: tuple[int, ...]) -> np.ndarray:
+        """The changes with dropped entries at 0."""
         assert isinstance(self.density, tuple)
-        return drop_stats(parameter, self.density, self.rescale, self.seed)
+        return dropped(deltas, tile, self.density, masks)
 
-    def merge_tile(self, tile: Tile, stats: DropStats) -> np.ndarray:
-        """Base plus change, fp32 (n,)."""
-        assert tile.base is not None
-        assert isinstance(self.weight, tuple)
+    def factors(self, parameter: Parameter, masks: tuple[int, ...]) -> tuple[float, ...]:
+        """What makes up for the drop; reads the tensor only for `rescale: l1`."""
         assert isinstance(self.density, tuple)
-        scale = self.lambda_ / weight_sum(self.weight, self.normalize)
-        weights = [weight * factor * scale for weight, factor in zip(self.weight, stats.factors, strict=True)]
-        change = weighted_sum(dropped_deltas(tile, self.density, stats), weights)
-        return np.add(tile.base, change, out=change)
+        if self.rescale == "paper":
+            return tuple(1.0 / density for density in self.density)
+        if self.rescale == "l1" and any(density < 1 for density in self.density):
+            return self.restored(parameter, masks)
+        return (1.0,) * parameter.num_models
 
 
-def drop_stats(parameter: Parameter, densities: tuple[float, ...], rescale: Rescale, seed: int) -> DropStats:
-    """Keys and factors of one tensor's masks."""
-    masks = DropStats(keys(seed, parameter.name, parameter.num_models), (1.0,) * parameter.num_models)
-    if rescale == "paper":
-        return DropStats(masks.keys, tuple(1.0 / density for density in densities))
-    if rescale == "none" or all(density == 1 for density in densities):
-        return masks
-    before: list[list[np.ndarray]] = [[] for _ in densities]
-    after: list[list[np.ndarray]] = [[] for _ in densities]
-    for tile in parameter.tiles():
-        deltas = tile.deltas()
-        magnitudes = np.abs(deltas, out=deltas)
-        ones, kept = tile.scratch.filled(1.0, tile.numel), tile.scratch.get("kept", tile.numel)
-        for index, flags in enumerate(_flags(tile, densities, masks)):
-            before[index].append(piece_dots(magnitudes[index], ones, parameter))
-            np.copyto(kept, flags)
-            after[index].append(piece_dots(magnitudes[index], kept, parameter))
-    return DropStats(masks.keys, l1_factors([total(x) for x in before], [total(x) for x in after]))
-
-
-def dropped_deltas(tile: Tile, densities: tuple[float, ...], stats: DropStats) -> np.ndarray:
-    """The models' changes with dropped entries at 0, not yet rescaled; fp32 (T, n), in place."""
-    deltas = tile.deltas()
+def dropped(
+    deltas: np.ndarray, tile: Tile, densities: tuple[float, ...], masks: tuple[int, ...]
+) -> np.ndarray:
+    """The changes of a tile with entries dropped at random, each model's with its density and key."""
     if all(density == 1 for density in densities):
         return deltas
-    return np.multiply(deltas, _flags(tile, densities, stats), out=deltas)
-
-
-def _flags(tile: Tile, densities: tuple[float, ...], stats: DropStats) -> np.ndarray:
-    """Which entries each model's mask keeps: bool (T, n), in a scratch buffer."""
-    flags = tile.scratch.get("flags", len(densities) * tile.numel, np.bool_).reshape(len(densities), -1)
-    for row, key, density in zip(flags, stats.keys, densities, strict=True):
+    flags = tile.scratch.get("flags", deltas.size, np.bool_).reshape(deltas.shape)
+    for row, key, density in zip(flags, masks, densities, strict=True):
         keep_flags(key, tile.start, density, row)
-    return flags
+    return np.multiply(deltas, flags, out=deltas)

@@ -1,0 +1,162 @@
+"""DELLA: drop small changes of each fine-tune more often than large ones, rescale the rest, then add.
+
+Problem  DARE drops entries of a change with one probability whatever their size, and so loses large ones.
+Rule     Per row of a tensor (a vector is one row) the magnitudes |theta_t - theta_0| are ranked 0 .. n - 1:
+         p_i = density - epsilon + 2 epsilon rank_i / (n - 1);   mask_i ~ Bernoulli(p_i)
+         tau_i = mask_i (theta_t - theta_0)_i / p_i
+         theta = theta_0 + lambda * sum_t w_t tau_t     (`normalize`: divided by sum_t w_t)
+Source   Deep et al., arXiv:2406.11617 (MagPrune). mergekit restores each tensor's L1 norm instead of dividing
+         by p_i: `rescale: l1`. Density 1 keeps everything, as there. Decided here: among equal magnitudes the
+         lower index ranks higher; a row is the last axis (mergekit ranks along the second, which differs in
+         stacks of matrices only); masks come from DARE's generator, so that epsilon 0 is DARE.
+Cost     One pass, most of it one sort of each row of each model; `rescale: l1` needs one more.
+Memory   Vectors are ranked whole: 4 bytes an element and model while one is in work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from weightsmith.merging.dropout import keep_flags_each, keys
+from weightsmith.merging.methods.dare_linear import Rescale
+from weightsmith.merging.options import OptionError, check_range
+from weightsmith.merging.parameter import Parameter, PerModel, Scratch, Tile
+from weightsmith.merging.thinning import AddedChanges
+from weightsmith.tensors.selection import magnitude_bits
+
+
+@dataclass(frozen=True, slots=True)
+class DellaMasks:
+    """Of one tensor: each model's generator key; row length; for a vector what to multiply it by, (T, n)."""
+
+    keys: tuple[int, ...]
+    row: int
+    vector: np.ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DellaLinear(AddedChanges):
+    """Drop by rank, rescale, then add.
+
+    Attributes:
+        density: Mean probability of an entry to be kept, in (0, 1].
+        epsilon: Half the difference between the probabilities of a row's largest and its smallest entry;
+            density - epsilon and density + epsilon must lie inside (0, 1), unless the density is 1.
+        rescale: `paper` divides each entry that is kept by its own probability, `l1` restores each tensor's
+            L1 norm.
+        seed: Of the masks.
+    """
+
+    density: PerModel = 0.5
+    epsilon: PerModel = 0.15
+    rescale: Rescale = "paper"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("density", self.density, 0, 1, open_low=True)
+        check_range("epsilon", self.epsilon, 0)
+        for density, epsilon in _pairs(self.density, self.epsilon):
+            if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+                room = min(density, 1 - density)
+                raise OptionError(
+                    "epsilon", f"must be in [0, {room:g}) at density {density:g}, got {epsilon:g}"
+                )
+
+    def masks(self, parameter: Parameter) -> DellaMasks:
+        """Keys of the masks; a vector, whose tiles are no whole rows, is masked here."""
+        known = keys(self.seed, parameter.name, parameter.num_models)
+        if len(parameter.shape) >= 2:
+            return DellaMasks(known, parameter.row)
+        base, models = parameter.whole()
+        assert base is not None
+        deltas = models.reshape(len(models), -1) - base.reshape(-1)
+        vector = np.empty_like(deltas)
+        for delta, key, density, epsilon, out in zip(deltas, known, *self._options(), vector, strict=True):
+            self._multipliers(delta, parameter.row, key, 0, density, epsilon, out, parameter.scratch)
+        return DellaMasks(known, parameter.row, vector)
+
+    def thin(self, deltas: np.ndarray, tile: Tile, masks: DellaMasks) -> np.ndarray:
+        """The changes with dropped entries at 0, the others divided by their probability (`paper`)."""
+        if masks.vector is not None:
+            return np.multiply(deltas, masks.vector[:, tile.start : tile.start + tile.numel], out=deltas)
+        work = tile.scratch.get("multipliers", tile.numel)
+        for delta, key, density, epsilon in zip(deltas, masks.keys, *self._options(), strict=True):
+            self._multipliers(delta, masks.row, key, tile.start, density, epsilon, work, tile.scratch)
+            np.multiply(delta, work, out=delta)
+        return deltas
+
+    def factors(self, parameter: Parameter, masks: DellaMasks) -> tuple[float, ...]:
+        """What makes up for the drop where it is the same for all entries."""
+        assert isinstance(self.density, tuple)
+        if self.rescale == "l1" and any(density < 1 for density in self.density):
+            return self.restored(parameter, masks)
+        return (1.0,) * parameter.num_models
+
+    def _options(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        assert isinstance(self.density, tuple)
+        assert isinstance(self.epsilon, tuple)
+        return self.density, self.epsilon
+
+    def _multipliers(
+        self,
+        delta: np.ndarray,
+        row: int,
+        key: int,
+        start: int,
+        density: float,
+        epsilon: float,
+        out: np.ndarray,
+        scratch: Scratch,
+    ) -> None:
+        """What the entries of whole rows, fp32 (n,), are multiplied by: 0 where they are dropped."""
+        if density == 1:
+            out[:] = 1
+            return
+        ranked_probabilities(delta, row, density, epsilon, out, scratch)
+        flags = keep_flags_each(key, start, out, scratch.get("flags", out.size, np.bool_))
+        if self.rescale == "paper":
+            np.divide(flags, out, out=out, casting="same_kind")
+        else:
+            np.copyto(out, flags)
+
+
+def ranked_probabilities(
+    values: np.ndarray, row: int, density: float, epsilon: float, out: np.ndarray, scratch: Scratch
+) -> np.ndarray:
+    """For each entry, density - epsilon .. density + epsilon by the rank of its magnitude in its row.
+
+    Args:
+        values: fp32 (n,), whole rows.
+        row: Entries of a row; a row of one has the density itself.
+        density: The mean.
+        epsilon: Half the range.
+        out: fp32 (n,); set.
+        scratch: Buffers of the worker.
+    """
+    steps = np.arange(row) / (row - 1) if row > 1 else np.full(1, 0.5)
+    ladder = (density - epsilon + 2 * epsilon * steps).astype(np.float32)
+    np.minimum(ladder, np.float32(1 - 2**-24), out=ladder)  # rounding may reach 1, which no draw is below
+    # Magnitude and, for equals, position in one integer: all differ, so that any sort gives one order.
+    sorting = scratch.get("ranking", values.size, np.int64).reshape(-1, row)
+    bits = magnitude_bits(values, scratch.get("bits", values.size, np.int32))
+    np.copyto(sorting, bits.reshape(-1, row))
+    np.left_shift(sorting, 32, out=sorting)
+    np.bitwise_or(sorting, np.arange(row - 1, -1, -1), out=sorting)
+    sorting.sort(axis=1)
+    np.bitwise_and(sorting, 0xFFFFFFFF, out=sorting)
+    ends = np.arange(row - 1, values.size, row)[:, None]
+    np.put(out, np.subtract(ends, sorting, out=sorting), ladder)  # repeated for each row
+    return out
+
+
+def _pairs(density: PerModel, epsilon: PerModel) -> Iterator[tuple[float, float]]:
+    """Each model's density and epsilon; one number stands for all models."""
+    densities = density if isinstance(density, tuple) else (density,)
+    epsilons = epsilon if isinstance(epsilon, tuple) else (epsilon,)
+    count = max(len(densities), len(epsilons))
+    for place in range(count):
+        yield densities[place % len(densities)], epsilons[place % len(epsilons)]

@@ -1,0 +1,124 @@
+"""DELLA: a random mask whose probabilities follow the ranks of a row."""
+
+import numpy as np
+import pytest
+
+from weightsmith.errors import InputError
+from weightsmith.merging import memory, merge_tensors
+from weightsmith.merging.dropout import keep_flags, keep_flags_each, keys
+from weightsmith.merging.methods.della_linear import ranked_probabilities
+from weightsmith.merging.parameter import Scratch
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+BASE = normal(0, 6, 50)
+MODELS = [BASE + 0.1 * normal(seed, 6, 50) for seed in (1, 2, 3)]
+
+
+def probabilities(values, density, epsilon):
+    """By counting: how many entries of the row an entry outranks."""
+    found = np.empty(values.shape)
+    for r, row in enumerate(np.abs(values)):
+        for i, own in enumerate(row):
+            rank = sum(other < own or (other == own and j > i) for j, other in enumerate(row))
+            found[r, i] = density - epsilon + 2 * epsilon * rank / (len(row) - 1)
+    return found
+
+
+@pytest.mark.parametrize(
+    "values", [normal(4, 5, 33), np.round(normal(5, 5, 33)), np.zeros((2, 9), np.float32)]
+)
+def test_probabilities_follow_the_ranks_of_the_magnitudes(values):
+    flat = np.ascontiguousarray(values).reshape(-1)
+    found = ranked_probabilities(flat, values.shape[1], 0.4, 0.2, np.empty_like(flat), Scratch())
+    np.testing.assert_allclose(found.reshape(values.shape), probabilities(values, 0.4, 0.2), rtol=1e-6)
+
+
+def test_a_row_of_one_entry_has_the_density_itself():
+    found = ranked_probabilities(np.float32([3, -1]), 1, 0.4, 0.2, np.empty(2, np.float32), Scratch())
+    np.testing.assert_allclose(found, [0.4, 0.4])
+
+
+def test_entries_are_kept_as_often_as_their_rank_says_and_divided_by_that():
+    base, model = np.zeros((3, 16), np.float32), normal(1, 3, 16)
+    wanted = probabilities(model, 0.5, 0.3)
+    runs = np.stack(
+        [merge_tensors(base, [model], "della_linear", epsilon=0.3, seed=seed) for seed in range(600)]
+    )
+    kept = runs != 0
+    error = np.sqrt(wanted * (1 - wanted) / len(runs))
+    assert (np.abs(kept.mean(axis=0) - wanted) < 5 * error).all()
+    np.testing.assert_allclose(runs, kept * model / wanted, rtol=1e-5)
+
+
+def test_without_epsilon_it_is_dare_bit_for_bit():
+    for mine, other in (("della_linear", "dare_linear"), ("della", "dare_ties")):
+        options = {"density": 0.5, "seed": 3, "weight": (0.2, 1.0, 0.7)}
+        found = merge_tensors(BASE, MODELS, mine, epsilon=0.0, **options)
+        np.testing.assert_array_equal(found, merge_tensors(BASE, MODELS, other, **options))
+
+
+def test_without_drops_it_is_task_arithmetic():
+    merged = merge_tensors(BASE, MODELS, "della_linear", density=1.0, weight=(0.2, 0.5, 0.3), lambda_=0.5)
+    wanted = merge_tensors(BASE, MODELS, "task_arithmetic", weight=(0.2, 0.5, 0.3), lambda_=0.5)
+    np.testing.assert_allclose(merged, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("zero_sign", ["majority", "positive"])
+def test_della_is_the_election_of_what_della_linear_keeps(zero_sign):
+    options = {"density": 0.6, "epsilon": 0.2, "seed": 3}
+    base = np.zeros((6, 50), np.float32)
+    models = [normal(seed, 6, 50) for seed in (1, 2, 3)]
+    kept = [
+        merge_tensors(base, [base] * place + [model], "della_linear", **options)
+        for place, model in enumerate(models)
+    ]
+    sign = np.where(sum(kept) < 0, -1, 1)
+    agreeing = [np.where(change * sign > 0, change, 0) for change in kept]
+    count = np.maximum(sum(change != 0 for change in agreeing), 1)
+    merged = merge_tensors(base, models, "della", zero_sign=zero_sign, **options)
+    np.testing.assert_allclose(merged, sum(agreeing) / count, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["della_linear", "della"])
+@pytest.mark.parametrize("shape", [(6, 50), (300,)])
+def test_the_l1_norm_of_a_change_can_be_restored(method, shape):
+    base, model = BASE.reshape(shape), MODELS[0].reshape(shape)
+    merged = merge_tensors(base, [model], method, density=0.4, rescale="l1")
+    np.testing.assert_allclose(np.abs(merged - base).sum(), np.abs(model - base).sum(), rtol=1e-3)
+    factors = ((merged - base) / (model - base))[np.abs(merged - base) > 1e-3]
+    assert factors.min() > 0.99 * factors.max()
+
+
+def test_a_vector_is_one_row_however_it_is_cut(monkeypatch):
+    base, model = np.zeros(20_000, np.float32), normal(1, 20_000)
+    merged = merge_tensors(base, [model], "della_linear", rescale="none")
+    as_row = merge_tensors(base[None], [model[None]], "della_linear", rescale="none")
+    np.testing.assert_array_equal(merged, as_row[0])
+    monkeypatch.setattr(memory, "TILE_ELEMENTS", 4096)
+    np.testing.assert_array_equal(merged, merge_tensors(base, [model], "della_linear", rescale="none"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": 0.1}, r"epsilon: must be in \[0, 0.1\) at density 0.1, got 0.15"),
+        ({"density": 0.9}, r"epsilon: must be in \[0, 0.1\) at density 0.9, got 0.15"),
+        ({"density": (0.5, 0.5, 0.2), "epsilon": 0.3}, r"\[0, 0.2\) at density 0.2, got 0.3"),
+        ({"epsilon": -0.1}, r"epsilon: must be in \[0, inf\), got -0.1"),
+    ],
+)
+def test_probabilities_outside_0_and_1_are_refused_with_what_is_legal(options, message):
+    with pytest.raises(InputError, match=message):
+        merge_tensors(BASE, MODELS, "della", **options)
+
+
+def test_a_probability_of_its_own_decides_as_the_same_density_does():
+    key, count = keys(1, "w", 1)[0], 50_000
+    for density in (0.5, 0.3, 2**-20):
+        exact = round(density * 2**24) / 2**24
+        each = keep_flags_each(key, 13, np.full(count, exact, np.float32), np.empty(count, np.bool_))
+        np.testing.assert_array_equal(each, keep_flags(key, 13, exact, np.empty(count, np.bool_)))

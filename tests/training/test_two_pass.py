@@ -144,6 +144,27 @@ def test_weights_keep_their_storage_and_saved_states_no_copy(make):
 
 
 @every
+def test_pieces_of_one_flat_tensor_train_like_parameters_of_their_own(make):
+    model, flat = net(), net()
+    whole = torch.cat([p.detach().flatten() for p in flat.parameters()])
+    pieces = whole.split([p.numel() for p in flat.parameters()])
+    for parameter, piece in zip(flat.parameters(), pieces, strict=True):
+        parameter.data = piece.view(parameter.shape)
+    optimizer = make(flat.parameters())
+    loss(flat, 0).backward()
+    before = whole.clone()
+    with optimizer.perturbed():
+        assert not torch.equal(whole, before)  # whoever reads the flat tensor sees the perturbed point
+        loss(flat, 0).backward()
+    assert torch.equal(whole, before)
+    optimizer.step()
+    train(flat, optimizer, range(1, 3))
+    train(model, make(model.parameters()), range(3))
+    assert same(model, flat)
+    assert torch.equal(whole, torch.cat([p.detach().flatten() for p in model.parameters()]))
+
+
+@every
 def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(make):
     model = net()
     optimizer = make(model.parameters())

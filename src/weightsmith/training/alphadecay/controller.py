@@ -23,9 +23,9 @@ from weightsmith.training.alphadecay.groups import (
     check_groups,
     decays_in_place,
     decouples,
-    groups_by_decay,
     has_scheduler,
     inner_optimizer,
+    members_by_decay,
     one_group_each,
 )
 from weightsmith.training.alphadecay.matrices import find_matrices
@@ -100,6 +100,7 @@ class AlphaDecay:
         self._factors: np.ndarray | None = None
         self._set_aside: list[tuple[dict[str, Any], float]] = []
         self._whole_groups: list[dict[str, Any]] = []
+        self._split: tuple[tuple[Any, Any], list[tuple[int, dict[str, Any]]]] | None = None
         check_groups(self._optimizer, self.matrices, self.options)
         self.mode = self.options.mode
         if self.mode == "auto":
@@ -307,14 +308,13 @@ class AlphaDecay:
         In the optimiser's own pass where that goes through matrices one by one; otherwise in a pass before
         it, and the optimiser is told not to.
         """
-        assert self._factors is not None
-        factors = {id(matrix.parameter): f for matrix, f in zip(self.matrices, self._factors, strict=True)}
         if decays_in_place(self._optimizer, self.matrices):
             self._whole_groups = list(self._optimizer.param_groups)
-            self._optimizer.param_groups[:] = groups_by_decay(
-                self._whole_groups, lambda p, base: factors.get(id(p), 1.0) * self._bases.get(id(p), base)
-            )
+            self._optimizer.param_groups[:] = [
+                {**self._whole_groups[place], **own} for place, own in self._split_groups()
+            ]
             return
+        factors = self._factor_by_id()
         for group in self._optimizer.param_groups:
             members = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not any(id(parameter) in factors or id(parameter) in self._bases for parameter in members):
@@ -332,6 +332,24 @@ class AlphaDecay:
             locals_ = [p.to_local() if isinstance(p, DTensor) else p for p in members]
             torch._foreach_mul_(locals_, shrink)
 
+    def _split_groups(self) -> list[tuple[int, dict[str, Any]]]:
+        """`members_by_decay` of the groups; made anew only when something it depends on has changed."""
+        key = (
+            self._factors,
+            [(id(g["params"]), len(g["params"]), g["weight_decay"]) for g in self._whole_groups],
+        )
+        if self._split is None or self._split[0][0] is not key[0] or self._split[0][1] != key[1]:
+            factors = self._factor_by_id()
+            split = members_by_decay(
+                self._whole_groups, lambda p, base: factors.get(id(p), 1.0) * self._bases.get(id(p), base)
+            )
+            self._split = key, split
+        return self._split[1]
+
+    def _factor_by_id(self) -> dict[int, float]:
+        assert self._factors is not None
+        return {id(matrix.parameter): f for matrix, f in zip(self.matrices, self._factors, strict=True)}
+
     def _restore(self) -> None:
         """Give groups their members and their decay back; also after a step that raised."""
         if self._whole_groups:
@@ -342,8 +360,7 @@ class AlphaDecay:
             group["weight_decay"] = decay
 
     def _write_groups(self) -> None:
-        assert self._factors is not None
-        factors = {id(matrix.parameter): f for matrix, f in zip(self.matrices, self._factors, strict=True)}
+        factors = self._factor_by_id()
         for group in self._optimizer.param_groups:
             key = id(group["params"][0]) if group["params"] else 0
             if key in self._bases:

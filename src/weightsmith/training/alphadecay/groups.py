@@ -28,7 +28,7 @@ def inner_optimizer(optimizer: Optimizer) -> Optimizer:
 
 def decouples(optimizer: Optimizer) -> bool:
     """Whether it multiplies weights by 1 - lr * decay, as AdamW does, and from where they are: a two-pass
-    optimiser steps from a copy.
+    optimiser begins its step at others.
     """
     if isinstance(optimizer, TwoPassOptimizer):
         return False
@@ -47,21 +47,21 @@ def decays_in_place(optimizer: Optimizer, matrices: Sequence[Matrix]) -> bool:
     return plain and all(matrix.parameter.device.type == "cpu" for matrix in matrices)
 
 
-def groups_by_decay(
+def members_by_decay(
     groups: Sequence[dict[str, Any]], decay_of: Callable[[Tensor, float], float]
-) -> list[dict[str, Any]]:
-    """The same groups, each split by the decay of its members.
+) -> list[tuple[int, dict[str, Any]]]:
+    """Each group split by the decay of its members: the group's place, and what a part has of its own.
 
     Args:
         groups: Left as they are.
         decay_of: Decay of a parameter, from that of its group.
     """
     split = []
-    for group in groups:
+    for place, group in enumerate(groups):
         members: dict[float, list[Tensor]] = {}
         for parameter in group["params"]:
             members.setdefault(float(decay_of(parameter, group["weight_decay"])), []).append(parameter)
-        split += [{**group, "params": those, "weight_decay": decay} for decay, those in members.items()]
+        split += [(place, {"params": those, "weight_decay": decay}) for decay, those in members.items()]
     return split
 
 
@@ -73,7 +73,7 @@ def check_groups(optimizer: Optimizer, matrices: Sequence[Matrix], options: Alph
     """
     if options.mode == "decoupled" and isinstance(optimizer, TwoPassOptimizer):
         raise InputError(
-            f"{type(optimizer).__name__} steps from a copy of the weights, so the decay of mode `decoupled` "
+            f"{type(optimizer).__name__} begins its step at other weights, so the decay of mode `decoupled` "
             "would be lost; take mode `groups`"
         )
     if not hasattr(optimizer, "register_step_pre_hook"):

@@ -141,15 +141,9 @@ class LightSAM(TwoPassOptimizer):
     def _ascend(self, pieces: list[Piece], norm: Tensor | None, skip: Tensor | None) -> None:
         self._half(pieces, norm, skip, first=True)
 
-    def _descend(
-        self, pieces: list[Piece], norm: Tensor | None, copies: dict[Tensor, Tensor], skip: Tensor | None
-    ) -> None:
+    def _descend(self, pieces: list[Piece], norm: Tensor | None, skip: Tensor | None) -> None:
         for group in self.param_groups:
             group["step"] += 1
-        if norm is not None and norm.device.type == "cpu" and self.variant == "adagrad_norm":
-            self._update_from_copies(pieces, float(self._length(norm, None, first=False)), copies)
-            return
-        self._put_back(list(copies))
         self._half(pieces, norm, skip, first=False)
 
     def _half(self, pieces: list[Piece], norm: Tensor | None, skip: Tensor | None, *, first: bool) -> None:
@@ -204,16 +198,6 @@ class LightSAM(TwoPassOptimizer):
             decay=decay,
             skip=skip,
         )
-
-    def _update_from_copies(self, pieces: list[Piece], length: float, copies: dict[Tensor, Tensor]) -> None:
-        """I on a CPU: x - lr g / sqrt(v) written over w in one pass, where restoring first would take two."""
-        for piece in pieces:
-            group = piece.group
-            origin = copies.get(piece.parameter, piece.value)
-            if group["weight_decay"]:
-                origin.mul_(1 - group["lr"] * group["weight_decay"])
-            rate = group["lr"] / length
-            torch.add(origin, piece.gradient, alpha=rate if group["maximize"] else -rate, out=piece.value)
 
     def _length(self, norm: Tensor, skip: Tensor | None, *, first: bool) -> float | Tensor:
         """Root of the sum of squared norms, this one's included; a number where the host may know it."""

@@ -113,10 +113,7 @@ class SAM(TwoPassOptimizer):
                 values, along = [piece.value for piece in chosen], [piece.gradient for piece in chosen]
                 add_scaled(values, along, group["rho"] / on_host, skip)
 
-    def _descend(
-        self, pieces: list[Piece], norm: Tensor | None, copies: dict[Tensor, Tensor], skip: Tensor | None
-    ) -> None:
-        self._put_back(list(copies))
+    def _descend(self, pieces: list[Piece], norm: Tensor | None, skip: Tensor | None) -> None:
         self.base.step()
 
 

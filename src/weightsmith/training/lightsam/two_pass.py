@@ -6,9 +6,10 @@ is higher.
     step          update x with them
 
 `step(closure)` does all three and calls the closure twice. `LightSAM`, `SAM` and `ASAM` say where w lies and
-what the update is; this class keeps the weights safe in between: what moved is restored from a copy, also
-when a parameter has no second gradient, the closure raises, or a loss scaler skips the update. The copies are
-no part of the state.
+what the update is; this class keeps the weights safe in between: what moved is restored, also when a
+parameter has no second gradient, the closure raises, or a loss scaler skips the update. On a CPU, where
+copies are a good part of a step, a parameter shows w from a second storage and keeps x in its own, so that
+going back moves no bytes; elsewhere x is copied away and back. The second storages are no part of the state.
 """
 
 from __future__ import annotations
@@ -87,8 +88,9 @@ class TwoPassOptimizer(torch.optim.Optimizer):
         self.check_finite = check_finite
         self._model = model
         self._phase = "idle"
-        self._copies: dict[Tensor, Tensor] = {}
-        self._moved: list[Tensor] = []
+        self._others: dict[Tensor, Tensor] = {}
+        self._exchanged: list[Tensor] = []
+        self._copied: list[Tensor] = []
         self._skip: bool | Tensor = False
         self._norms: TensorNorms | None = None
         self._skipped = 0
@@ -101,10 +103,8 @@ class TwoPassOptimizer(torch.optim.Optimizer):
         """Move the weights from x to w. `norm` is that of all gradients, float64."""
         raise NotImplementedError
 
-    def _descend(
-        self, pieces: list[Piece], norm: Tensor | None, copies: dict[Tensor, Tensor], skip: Tensor | None
-    ) -> None:
-        """Update x; parameters in `copies` are still at w and have their x there."""
+    def _descend(self, pieces: list[Piece], norm: Tensor | None, skip: Tensor | None) -> None:
+        """Update the weights, which are at x again, with the gradients at w."""
         raise NotImplementedError
 
     def _make_state(self, pieces: list[Piece]) -> None:
@@ -143,7 +143,7 @@ class TwoPassOptimizer(torch.optim.Optimizer):
         self.last = SAMStats(gradient_norm=norm)
         self._phase = "perturbed"
         if self._skip is not True:
-            self._copy(pieces)
+            pieces = self._keep(pieces)
             self._ascend(pieces, norm, self._skip if isinstance(self._skip, Tensor) else None)
         if zero_grad:
             self.zero_grad()
@@ -157,8 +157,7 @@ class TwoPassOptimizer(torch.optim.Optimizer):
         """
         if self._phase != "perturbed":
             raise InputError(f"{self._name}: restore() without a first_step()")
-        self._put_back(self._moved)
-        self._moved = []
+        self._put_back()
         self._phase = "restored"
 
     def second_step(self, zero_grad: bool = False) -> None:
@@ -302,27 +301,23 @@ class TwoPassOptimizer(torch.optim.Optimizer):
         pieces = self._pieces()
         norm = self._norm(pieces) if pieces else None
         bad = self._is_bad(norm, pieces) if pieces else False
+        self._put_back()
         if self._skip is True or bad is True:
-            self._put_back(self._moved)
             self._skipped += 1
             self._tell_skip()
-        else:
+        elif pieces:
             skip = next((flag for flag in (self._skip, bad) if isinstance(flag, Tensor)), None)
             if isinstance(self._skip, Tensor) and isinstance(bad, Tensor):
                 skip = torch.maximum(self._skip, bad)
-            having = {piece.parameter for piece in pieces}
-            self._put_back([parameter for parameter in self._moved if parameter not in having])
-            copies = {p: self._copies[p] for p in self._moved if p in having}
-            if pieces:
-                self._descend(pieces, norm, copies, skip)
+            self._descend([_renewed(piece) for piece in pieces], norm, skip)
         self.last = self.last._replace(perturbed_gradient_norm=norm)
-        self._moved, self._skip, self._phase = [], False, "idle"
+        self._skip, self._phase = False, "idle"
 
     def _abandon(self) -> None:
         """Leave a step whose second pass failed: weights as they were, nothing updated."""
         with torch.no_grad():
-            self._put_back(self._moved)
-        self._moved, self._skip, self._phase = [], False, "idle"
+            self._put_back()
+        self._skip, self._phase = False, "idle"
 
     def _pieces(self) -> list[Piece]:
         found = []
@@ -361,20 +356,32 @@ class TwoPassOptimizer(torch.optim.Optimizer):
         """Whether `_ascend` and `_descend` heed a flag that the host doesn't know."""
         return False
 
-    def _copy(self, pieces: list[Piece]) -> None:
-        self._moved = [piece.parameter for piece in pieces]
+    def _keep(self, pieces: list[Piece]) -> list[Piece]:
+        """Keep x of every piece; returns the pieces with the values that may now move."""
         for piece in pieces:
-            held = self._copies.get(piece.parameter)
+            held = self._others.get(piece.parameter)
             if held is None or held.shape != piece.value.shape or held.device != piece.value.device:
-                self._copies[piece.parameter] = torch.empty_like(piece.value)
+                self._others[piece.parameter] = torch.empty_like(piece.value)
         torch._foreach_copy_(
-            [self._copies[piece.parameter] for piece in pieces], [piece.value for piece in pieces]
+            [self._others[piece.parameter] for piece in pieces], [piece.value for piece in pieces]
         )
+        self._exchanged = [piece.parameter for piece in pieces if _owns_its_storage(piece.parameter)]
+        chosen = set(self._exchanged)
+        self._copied = [piece.parameter for piece in pieces if piece.parameter not in chosen]
+        self._exchange()
+        return [_renewed(piece) for piece in pieces]
 
-    def _put_back(self, parameters: list[Tensor]) -> None:
-        if parameters:
-            values = [real(local(parameter)) for parameter in parameters]
-            torch._foreach_copy_(values, [self._copies[parameter] for parameter in parameters])
+    def _put_back(self) -> None:
+        """Bring every weight that moved back to x."""
+        self._exchange()
+        if self._copied:
+            values = [real(local(parameter)) for parameter in self._copied]
+            torch._foreach_copy_(values, [self._others[parameter] for parameter in self._copied])
+        self._exchanged, self._copied = [], []
+
+    def _exchange(self) -> None:
+        for parameter in self._exchanged:
+            parameter.data, self._others[parameter] = self._others[parameter], parameter.data
 
     def _tell_skip(self) -> None:
         if not self._told:
@@ -385,6 +392,25 @@ class TwoPassOptimizer(torch.optim.Optimizer):
 def real(tensor: Tensor) -> Tensor:
     """A complex tensor as pairs of real numbers, sharing memory; any other tensor itself."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _renewed(piece: Piece) -> Piece:
+    """The piece with the values its parameter has now."""
+    return piece._replace(value=real(local(piece.parameter)))
+
+
+def _owns_its_storage(parameter: Tensor) -> bool:
+    """Whether nothing else can be meant to see this parameter move.
+
+    Sharded and quantised parameters and pieces of a flat one are read through other tensors, and accelerators
+    record addresses in graphs.
+    """
+    return (
+        parameter.device.type == "cpu"
+        and type(parameter) in (nn.Parameter, Tensor)
+        and not parameter.is_complex()
+        and parameter.numel() * parameter.itemsize == parameter.untyped_storage().nbytes()
+    )
 
 
 def _detached(loss: Any) -> Any:

@@ -131,7 +131,7 @@ def configs(
     shape = SIZES[size]
     domains = TrainConfig(data=DOMAINS, steps=base_steps or BASE_STEPS[size], layer_drop=shape.layer_drop)
     finetune = FinetuneConfig(
-        data=DOMAINS, steps=finetune_steps or FINETUNE_STEPS, layer_drop=shape.layer_drop
+        data=DOMAINS, steps=finetune_steps or FINETUNE_STEPS[mixture], layer_drop=shape.layer_drop
     )
     if mixture == "domains":
         return domains, finetune
@@ -216,4 +216,4 @@ def _make(job: _Job) -> None:
 
 BASE_STEPS: Mapping[str, int] = {"xs": 500, "s": 800, "m": 2000}
 BASE_STEPS_ALL: Mapping[str, int] = {"xs": 4000, "s": 4000, "m": 4000}
-FINETUNE_STEPS = 150
+FINETUNE_STEPS: Mapping[Mixture, int] = {"domains": 150, "all": 250}

@@ -2,8 +2,9 @@
 
 A skill switches on within a few hundred steps, at a step that differs from seed to seed and from skill to
 skill: no fixed mixture and number of steps leaves all six half-learnt. So after each round the skills are
-scored on the calibration pool, and a skill's share of the next round is what it still lacks. When all of them
-have left chance behind, the learning rate falls to its end within a few more rounds.
+scored on the calibration pool, and a skill's share of the next round is what it still lacks. A round that
+brought a skill too far is made again without it. When all of them have left chance behind, the learning rate
+falls to its end within a few more rounds.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,23 +33,24 @@ MOST = 0.3  # of the mixture, for one skill: with more, the last ones would be m
 SHARES = {"add": 1.2, "reverse": 0.7, "sort": 0.5, "lookup": 2.0, "maximum": 0.25, "count": 0.8}
 LEAST = 0.1  # of its first share: without any, a skill would be forgotten
 # Parts of the way from chance to mastery:
-ENOUGH = 0.18  # all skills are here: the learning rate may fall
-TARGET = 0.22  # a skill that is here is down to the least share
+ENOUGH = 0.2  # all skills are here: the learning rate may fall
+TARGET = 0.24  # a skill that is here is down to the least share
 CEILING = 0.3  # above, it pauses: it will still gain while the learning rate falls
-ITEMS = 200  # questions of each skill after each round
+TOO_MUCH = 0.45  # a round that brings a skill beyond is not kept
+ITEMS = 400  # questions of each skill after each round
 
 
-def mixture_for(scores: Mapping[str, float]) -> tuple[DataSource, ...]:
+def mixture_for(scores: Mapping[str, float], paused: Collection[str] = ()) -> tuple[DataSource, ...]:
     """The domains evenly, and each skill by what it lacks to `TARGET`.
 
     Args:
         scores: Exact match of every skill on the calibration pool.
+        paused: Skills that get nothing.
     """
-    learnt = {skill: _learnt(skill, value) for skill, value in scores.items()}
     lacking = {
-        skill: SHARES[skill] * min(1.0, max(LEAST, 1 - part / TARGET))
-        for skill, part in learnt.items()
-        if part < CEILING
+        skill: SHARES[skill] * min(1.0, max(LEAST, 1 - _learnt(skill, value) / TARGET))
+        for skill, value in scores.items()
+        if skill not in paused
     }
     total = sum(lacking.values())
     skills = {skill: min(MOST, SKILL_SHARE * lack / total) for skill, lack in lacking.items()}
@@ -79,19 +81,29 @@ def train_skill_base(
     if last is None:
         last = _Round(0, 0)
         train(this, model, last.folder(workdir), workdir=workdir / "work", seed=derive(seed, 0))
+    scores = _scores(last.folder(workdir))
     further = FinetuneConfig(**vars(this) | {"warmup_steps": 10})
     while last.falls < len(FALL):
-        found = evaluate(last.folder(workdir), list(SKILLS), "calibration", items=ITEMS)
-        scores = {skill: score.value for skill, score in found.items()}
         enough = all(_learnt(skill, value) >= ENOUGH for skill, value in scores.items())
         number = last.number + 1
         falls = last.falls + (enough or last.falls > 0 or number * steps >= config.steps)
         rate = (config.learning_rate or 0.0) / math.sqrt(1 + number / 16)
         if falls:
             rate *= FALL[falls - 1]
-        this = dataclasses.replace(further, data=mixture_for(scores), learning_rate=rate)
         before, last = last.folder(workdir), _Round(number, falls)
-        finetune(this, before, last.folder(workdir), workdir=workdir / "work", seed=derive(seed, number))
+        paused = {skill for skill, value in scores.items() if _learnt(skill, value) >= CEILING}
+        trial = workdir / "trial"
+        while True:
+            shutil.rmtree(trial, ignore_errors=True)  # of a killed call
+            this = dataclasses.replace(further, data=mixture_for(scores, paused), learning_rate=rate)
+            finetune(this, before, trial, workdir=workdir / "work", seed=derive(seed, number, len(paused)))
+            found = _scores(trial)
+            over = {skill for skill, value in found.items() if _learnt(skill, value) > TOO_MUCH} - paused
+            if not over:
+                break
+            paused |= over
+        scores = found
+        os.rename(trial, last.folder(workdir))
         shutil.rmtree(before)
     os.rename(last.folder(workdir), out)
     sync_folder(out.parent)
@@ -111,6 +123,11 @@ class _Round(NamedTuple):
 
     def folder(self, workdir: Path) -> Path:
         return workdir / f"round-{self.number}.{self.falls}"
+
+
+def _scores(model: Path) -> dict[str, float]:
+    found = evaluate(model, list(SKILLS), "calibration", items=ITEMS)
+    return {skill: score.value for skill, score in found.items()}
 
 
 def _learnt(skill: str, score: float) -> float:

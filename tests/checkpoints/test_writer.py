@@ -334,3 +334,34 @@ def test_layouts_that_make_no_sense_are_refused():
         plan_layout([TensorSpec("w", "F32", (1,))] * 2)
     with pytest.raises(InputError, match="'float32'"):
         plan_layout([TensorSpec("w", "float32", (1,))])
+
+
+def test_further_files_lie_beside_the_weights_and_are_none_of_them(tmp_path):
+    specs = [TensorSpec("w", "F32", (3,))]
+    parts = {"weightsmith/part.safetensors": [TensorSpec("p", "U8", (4,))]}
+    with CheckpointWriter(
+        tmp_path / "out",
+        specs,
+        side_files={"weightsmith/facts.json": b"{}", "config.json": b"{}"},
+        lineage=Lineage("made"),
+        parts=parts,
+    ) as writer:
+        writer.write("w", np.ones(3, np.float32))
+        writer.write_raw("p", b"abcd")
+        writer.set_side_file("weightsmith/facts.json", b"[]")
+        writer.commit()
+    with Checkpoint.open(tmp_path / "out") as made:
+        assert list(made.tensors) == ["w"]
+        assert made.fingerprint(full=True) == made.lineage.content
+    assert (tmp_path / "out/weightsmith/part.safetensors").read_bytes().endswith(b"abcd")
+    assert (tmp_path / "out/weightsmith/facts.json").read_bytes() == b"[]"
+
+
+def test_a_further_file_has_a_place_and_names_of_its_own(tmp_path):
+    specs = [TensorSpec("w", "F32", (3,))]
+    for parts, said in (
+        ({"part.safetensors": [TensorSpec("p", "U8", (4,))]}, "expected a name inside weightsmith/"),
+        ({"weightsmith/part.safetensors": specs}, "tensor `w` is to be written twice"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            CheckpointWriter(tmp_path / "out", specs, side_files={}, lineage=Lineage("made"), parts=parts)

@@ -23,6 +23,8 @@ INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LINEAGE_FILE = "weightsmith.json"
+OWN_FOLDER = "weightsmith"
+"""Where files of ours lie beside weights, so that no loader takes them for weights."""
 
 SIDE_FILES = (
     "config.json",

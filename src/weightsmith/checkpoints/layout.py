@@ -112,6 +112,16 @@ def plan_layout(specs: Sequence[TensorSpec], max_shard_bytes: int = MAX_SHARD_BY
     return Layout(by_name, shards, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode("utf-8"))
 
 
+def plan_file(file: str, specs: Sequence[TensorSpec]) -> Shard:
+    """Lay out one more file of tensors, which is no part of the checkpoint that loaders see.
+
+    Raises:
+        InputError: no tensors, a name twice, or a dtype that can't be written.
+    """
+    plan_layout(specs)
+    return _shard(file, specs)
+
+
 def is_weight_file(name: str) -> bool:
     """Whether a layout could ever use `name`: such names are not free for side files."""
     return name == INDEX_FILE or name.endswith(".safetensors")

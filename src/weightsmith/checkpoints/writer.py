@@ -24,8 +24,15 @@ from typing import Self
 import numpy as np
 
 from weightsmith.checkpoints import fingerprint as fingerprints
-from weightsmith.checkpoints.folder import INDEX_FILE, LINEAGE_FILE
-from weightsmith.checkpoints.layout import MAX_SHARD_BYTES, TensorSpec, is_weight_file, plan_layout
+from weightsmith.checkpoints.folder import INDEX_FILE, LINEAGE_FILE, OWN_FOLDER
+from weightsmith.checkpoints.layout import (
+    MAX_SHARD_BYTES,
+    Shard,
+    TensorSpec,
+    is_weight_file,
+    plan_file,
+    plan_layout,
+)
 from weightsmith.checkpoints.lineage import Lineage
 from weightsmith.checkpoints.staging import Staging
 from weightsmith.errors import CheckpointError, SystemFault
@@ -62,6 +69,8 @@ class CheckpointWriter:
         lineage: What `weightsmith.json` is to say; its `content` is filled in.
         max_shard_bytes: Largest size of a shard's tensor data.
         overwrite: Replace `out` when it exists and is a checkpoint.
+        parts: Further files of tensors, by name (`weightsmith/...safetensors`): beside the weights, where no
+            loader takes them for weights. Their tensors are written as all others; their names must differ.
 
     Attributes:
         out: The folder to make.
@@ -90,14 +99,17 @@ class CheckpointWriter:
         lineage: Lineage,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         overwrite: bool = False,
+        parts: Mapping[str, Sequence[TensorSpec]] | None = None,
     ) -> None:
         self.out = Path(out)
         self.layout = plan_layout(specs, max_shard_bytes)
+        self._parts = _plan_parts(parts or {}, self.layout.specs)
         self._side_files = dict(side_files)
         self._lineage = dataclasses.replace(lineage, content=_PLACEHOLDER)
         self._config = _check_side_files(self._side_files)
         self.planned_bytes = (
             self.layout.total_bytes
+            + sum(shard.size for shard, _ in self._parts)
             + sum(
                 len(item) if isinstance(item, bytes) else item.stat().st_size
                 for item in self._side_files.values()
@@ -169,6 +181,12 @@ class CheckpointWriter:
         target = self._tensors[name]
         target.written, target.checksum, target.arrived = receipt
 
+    def set_side_file(self, name: str, content: bytes) -> None:
+        """Change the content of a side file that had to be named before it could be known."""
+        if name not in self._side_files:
+            raise ValueError(f"{name}: not one of the side files")
+        self._side_files[name] = content
+
     def commit(self) -> Path:
         """Flush everything and make the folder visible.
 
@@ -216,14 +234,17 @@ class CheckpointWriter:
             )
 
     def _create_shards(self) -> None:
-        for shard in self.layout.shards:
+        files = [(shard, self.layout.specs) for shard in self.layout.shards]
+        for shard, specs in (*files, *self._parts):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            descriptor = os.open(self._staging.part / shard.file, flags, 0o666)
+            path = self._staging.part / shard.file
+            path.parent.mkdir(exist_ok=True)
+            descriptor = os.open(path, flags, 0o666)
             self._descriptors.append(descriptor)
             os.ftruncate(descriptor, shard.size)
             _pwrite(descriptor, shard.head, 0)
             for name, offset in shard.offsets.items():
-                self._tensors[name] = _Target(self.layout.specs[name], descriptor, offset)
+                self._tensors[name] = _Target(specs[name], descriptor, offset)
 
     def _claim(self, target: _Target, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= target.spec.numel:
@@ -256,8 +277,8 @@ class CheckpointWriter:
             (part / INDEX_FILE).write_bytes(self.layout.index)
         content = fingerprints.full_fingerprint(
             self._config,
-            {name: (target.spec.dtype, target.spec.shape) for name, target in self._tensors.items()},
-            {name: target.checksum for name, target in self._tensors.items()},
+            {name: (spec.dtype, spec.shape) for name, spec in self.layout.specs.items()},
+            {name: self._tensors[name].checksum for name in self.layout.specs},
         )
         (part / LINEAGE_FILE).write_bytes(dataclasses.replace(self._lineage, content=content).to_bytes())
         for name in (*self._side_files, LINEAGE_FILE, *([INDEX_FILE] if self.layout.index else [])):
@@ -305,6 +326,21 @@ class _Target:
         self.written[low:high] = [(start, stop)]
 
 
+def _plan_parts(
+    parts: Mapping[str, Sequence[TensorSpec]], weights: Mapping[str, TensorSpec]
+) -> list[tuple[Shard, dict[str, TensorSpec]]]:
+    """The layout of each further file, and its tensors by name."""
+    planned, taken = [], set(weights)
+    for file, specs in parts.items():
+        if Path(file).parts[:-1] != (OWN_FOLDER,):
+            raise ValueError(f"{file}: expected a name inside {OWN_FOLDER}/")
+        if twice := taken & {spec.name for spec in specs}:
+            raise ValueError(f"{file}: tensor `{min(twice)}` is to be written twice")
+        taken.update(spec.name for spec in specs)
+        planned.append((plan_file(file, specs), {spec.name: spec for spec in specs}))
+    return planned
+
+
 def _start_flush(target: _Target) -> None:
     """Let the kernel begin to write a finished tensor to the disk, so that `commit` waits less.
 
@@ -328,7 +364,7 @@ def _check_side_files(side_files: Mapping[str, Path | bytes]) -> dict:
         path = Path(name)
         if path.is_absolute() or ".." in path.parts or len(path.parts) > 2 or not path.parts:
             raise CheckpointError(f"side file `{name}`: not a name inside the output folder")
-        if is_weight_file(name) or name == LINEAGE_FILE:
+        if (is_weight_file(name) and path.parts[0] != OWN_FOLDER) or name == LINEAGE_FILE:
             raise CheckpointError(f"side file `{name}`: this name is taken by the checkpoint itself")
         if not isinstance(item, bytes) and not item.is_file():
             raise CheckpointError(f"{item}: side file is missing")

@@ -9,11 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from weightsmith.merging.mediator.build import BuildReport, build_mediator
+    from weightsmith.merging.mediator.export import export_merged
     from weightsmith.merging.mediator.options import MediatorConfig, RouterConfig
     from weightsmith.merging.mediator.plan import MediatorPlan, plan_mediator, split_blocks
     from weightsmith.merging.mediator.profile import Profile, conflict_profile
+    from weightsmith.merging.mediator.store import MediatorStore
 
 _HOMES = {
+    "BuildReport": "build",
+    "MediatorStore": "store",
+    "build_mediator": "build",
+    "export_merged": "export",
     "MediatorConfig": "options",
     "MediatorPlan": "plan",
     "Profile": "profile",
@@ -24,11 +31,15 @@ _HOMES = {
 }
 
 __all__ = [
+    "BuildReport",
     "MediatorConfig",
     "MediatorPlan",
+    "MediatorStore",
     "Profile",
     "RouterConfig",
+    "build_mediator",
     "conflict_profile",
+    "export_merged",
     "plan_mediator",
     "split_blocks",
 ]

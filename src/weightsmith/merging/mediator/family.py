@@ -67,6 +67,8 @@ class Family:
         experts: Folders, hub ids or adapters, by task or in a list.
 
     Attributes:
+        base_source: The base, as it was given.
+        sources: The fine-tunes by task, as they were given.
         tasks: Names of the fine-tunes, in order.
         outputs: Every tensor and where its values are, in the order of names.
         blocks: Name -> its tensors, in the order of their numbers.
@@ -79,13 +81,17 @@ class Family:
     """
 
     def __init__(self, base: str | Path, experts: Experts) -> None:
-        sources = named(experts)
-        self.tasks = tuple(sources)
-        for task, folder in sources.items():
+        self.sources, self.base_source = named(experts), str(base)
+        self.tasks = tuple(self.sources)
+        for task, folder in self.sources.items():
             if _same(folder, base):
                 raise CheckpointError(f"expert `{task}`: {folder} is the base itself; nothing to route to")
         self.plan = plan_merge(
-            {"method": "task_arithmetic", "base": str(base), "models": list(sources.values())}
+            {
+                "method": "task_arithmetic",
+                "base": self.base_source,
+                "models": list(self.sources.values()),
+            }
         )
         self.outputs: dict[str, Output] = {output.spec.name: output for output in self.plan.outputs}
         self.blocks: dict[str, list[Output]] = {}

@@ -107,6 +107,36 @@ def pages(root):
             "slices": [{"sources": [source("m1", 0, 2)]}, {"sources": [source("m2", 1, 3)]}],
             "dtype": "float32",
         },
+        "modules": {
+            "merge_method": "task_arithmetic",
+            "base_model": str(root / "base"),
+            "modules": {
+                "default": {
+                    "models": models(*three, weight=(0.5, [{"filter": "mlp", "value": 0.25}], 0.4)),
+                    "parameters": {"weight": [{"filter": "_proj", "value": [0.1, 0.7]}], "lambda": 0.9},
+                }
+            },
+            "parameters": {"weight": 0.6, "lambda": 0.2},
+            "dtype": "float32",
+        },
+        "bases_of_slices": {
+            "merge_method": "ties",
+            "base_model": str(root / "base"),
+            "slices": [
+                {
+                    "sources": [source("base", 0, 2), {**source("m1", 0, 2), "parameters": {"density": 0.4}}],
+                    "parameters": {"weight": [1.0, 0.5]},
+                },
+                {
+                    "sources": [source("m2", 1, 3), source("m3", 0, 2)],
+                    "base_model": str(root / "m2"),
+                    "parameters": {"weight": [{"filter": "mlp", "value": [0.3, 0.6]}, {"value": 0.8}]},
+                },
+            ],
+            "parameters": {"density": [0.9, 0.2]},
+            "dtype": "float32",
+            "out_dtype": "float32",
+        },
         "gradient": page("task_arithmetic", models(*three), weight=[0, 0.5, 1], **{"lambda": 0.5}),
     }
 

@@ -7,7 +7,7 @@ names it. The exceptions are buffers that loaders make themselves, and a second 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from weightsmith.checkpoints import Checkpoint
@@ -84,19 +84,27 @@ def find(model: Checkpoint, name: str) -> TensorInfo | None:
     return model.tensors.get(model.tied.get(name, name))
 
 
-def check_names(model: Checkpoint, reference: Checkpoint) -> None:
+def check_names(
+    model: Checkpoint, reference: Checkpoint, of_model: Collection[str], of_reference: Collection[str]
+) -> None:
     """Refuse models that don't hold the same tensors.
+
+    Args:
+        model: One model.
+        reference: The other.
+        of_model: Its names that matter: all, or those of one part of the model.
+        of_reference: The same of the reference.
 
     Raises:
         CheckpointError: a tensor that only one of the two has.
     """
-    for name in reference.tensors:
+    for name in of_reference:
         if not is_buffer(name) and find(model, name) is None:
             raise CheckpointError(
                 f"{model.name}: has no tensor `{name}`, {reference.name} has "
                 f"{list(reference.tensors[name].shape)}. {NOTHING_WRITTEN}"
             )
-    for name in model.tensors:
+    for name in of_model:
         if is_buffer(name) or name in reference.tensors or _is_redundant(model, name, reference):
             continue
         if name in reference.tied:

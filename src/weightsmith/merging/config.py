@@ -25,6 +25,7 @@ from typing import Any, Literal, NoReturn
 
 from weightsmith.errors import InputError, PageError, nearest
 from weightsmith.merging import settings
+from weightsmith.merging.chat import BUILT_IN
 from weightsmith.merging.options import OptionError, build, is_per_model, page_key, schema
 from weightsmith.merging.parameter import NanPolicy
 from weightsmith.merging.settings import EachModel, Setting, SettingError
@@ -35,7 +36,17 @@ from weightsmith.tensors.floats import parse_dtype
 
 Keys = tuple[str | int, ...]
 
-OWN_KEYS = ("method", "base", "models", "dtype", "out_dtype", "seed", "nan_policy", "tokenizer")
+OWN_KEYS = (
+    "method",
+    "base",
+    "models",
+    "dtype",
+    "out_dtype",
+    "seed",
+    "nan_policy",
+    "tokenizer",
+    "chat_template",
+)
 
 
 @dataclass(frozen=True)
@@ -64,12 +75,23 @@ class OutputSlice:
         base: The base of this slice, if it isn't the merge's.
         options: Options of this slice.
         keys: Where it stands on the page.
+        module: The part of the model it belongs to (a vision tower, a decoder); None for all of it.
+        module_options: Options of that part, for where the slice has none.
+        module_keys: Where the part stands on the page.
     """
 
     inputs: tuple[Input, ...]
     base: str | None = None
     options: Mapping[str, Setting] = field(default_factory=dict)
     keys: Keys = ()
+    module: str | None = None
+    module_options: Mapping[str, Setting] = field(default_factory=dict)
+    module_keys: Keys = ()
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is a range of layers."""
+        return any(source.layers is not None for source in self.inputs)
 
 
 @dataclass(frozen=True)
@@ -83,6 +105,8 @@ class MergeConfig:
         options: Options for all models and tensors.
         dtype: Safetensors dtype of the output; None keeps each tensor's own.
         tokenizer: `base` takes the base's (or first model's) tokenizer although others differ.
+        chat_template: `auto` (the one most models have), the name of a built-in one, or the text of one; None
+            keeps that of the output's tokenizer.
         nan_policy: What NaN and infinities in weights are: an error, or 0.
         seed: The page's seed; only random methods use it.
         dialect: Whose keys the page has; error messages speak it.
@@ -96,6 +120,7 @@ class MergeConfig:
     options: Mapping[str, Setting] = field(default_factory=dict)
     dtype: str | None = None
     tokenizer: Literal["base"] | None = None
+    chat_template: str | None = None
     nan_policy: NanPolicy = "raise"
     seed: int = 0
     dialect: Literal["own", "mergekit"] = "own"
@@ -105,7 +130,7 @@ class MergeConfig:
     @property
     def stacked(self) -> bool:
         """Whether the output is put together from layer ranges."""
-        return any(source.layers is not None for part in self.slices for source in part.inputs)
+        return any(part.stacked for part in self.slices)
 
     def fail(self, keys: Keys, problem: str) -> NoReturn:
         """Raise the error of one key of the page."""
@@ -159,6 +184,7 @@ def parse_merge(body: Mapping[str, Any], page: Page | None = None) -> MergeConfi
         options=parsed,
         dtype=output_dtype(body, page),
         tokenizer=choice(body, "tokenizer", ("base",), page),
+        chat_template=chat_template(body, page),
         nan_policy=choice(body, "nan_policy", ("raise", "zero"), page) or "raise",
         seed=_seed(body, page),
         page=page,
@@ -242,6 +268,20 @@ def choice(body: Mapping[str, Any], key: str, allowed: tuple[str, ...], page: Pa
     if value is not None and value not in allowed:
         fail(page, (key,), f"expected {' or '.join(allowed)}, found {value!r}")
     return value
+
+
+def chat_template(body: Mapping[str, Any], page: Page | None) -> str | None:
+    """`auto`, the name of a template we have, or the text of one (it holds a `{`)."""
+    asked = text(body, "chat_template", page)
+    if asked is not None and asked != "auto" and asked not in BUILT_IN and "{" not in asked:
+        known = ", ".join(BUILT_IN)
+        fail(
+            page,
+            ("chat_template",),
+            f"`{asked}` is no template: expected auto, {known}, or the text of a Jinja template"
+            f"{nearest(asked, ['auto', *BUILT_IN])}",
+        )
+    return asked
 
 
 def output_dtype(body: Mapping[str, Any], page: Page | None) -> str | None:

@@ -1,19 +1,23 @@
 """mergekit's pages: the same keys, the same meaning, so that a page in use runs as it is.
 
-    merge_method, base_model, dtype, out_dtype, parameters
+    merge_method, base_model, dtype, out_dtype, parameters, chat_template, tokenizer | tokenizer_source
     models:  [{model, parameters}]
     slices:  [{sources: [{model, layer_range, parameters}], base_model, parameters}]
+    modules: {text_decoder: {models | slices, parameters}, vision_tower: ...}
 
 A parameter is a number, a gradient (list over the depth) or a list of {filter, value}; the value of a source
-wins over its slice's, that over the page's. Options mean what they mean there: trims count in each tensor,
-`rescale` restores L1 norms, Model Stock's ratio isn't clamped (the paper's rules are the default of our own
-pages). Differences: arithmetic is float32 whatever `dtype` says (mergekit computes in `dtype`), and among
-equal magnitudes the lower index is kept. Keys that are not built are refused by name, never passed over.
+wins over its slice's, that over its module's, that over the page's. Options mean what they mean there: trims
+count in each tensor, `rescale` restores L1 norms, Model Stock's ratio isn't clamped (the paper's rules are
+the default of our own pages). Differences: arithmetic is float32 whatever `dtype` says (mergekit computes in
+`dtype`), and among equal magnitudes the lower index is kept. What mergekit knows and this doesn't honour is
+refused by name, never passed over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from weightsmith.errors import nearest
@@ -22,32 +26,41 @@ from weightsmith.merging.config import (
     Keys,
     MergeConfig,
     OutputSlice,
+    chat_template,
     fail,
     listed,
     method_of,
     output_dtype,
     parse_options,
-    text,
 )
-from weightsmith.merging.options import is_per_model, schema
+from weightsmith.merging.options import is_per_model, page_key, schema
 from weightsmith.merging.settings import Setting
 from weightsmith.runs.pages import Source as Page
 
-_KEYS = (
-    "merge_method",
-    "base_model",
-    "models",
-    "slices",
-    "parameters",
-    "dtype",
-    "out_dtype",
-    "tokenizer_source",
-    "tokenizer",
-)
-_NOT_BUILT = {
-    "modules": "merging by modules",
-    "chat_template": "setting a chat template",
+_INPUTS = ("models", "slices", "modules")
+KEYS = {
+    "page": (
+        "merge_method",
+        "base_model",
+        *_INPUTS,
+        "parameters",
+        "dtype",
+        "out_dtype",
+        "tokenizer_source",
+        "tokenizer",
+        "chat_template",
+    ),
+    "module": ("models", "slices", "parameters"),
+    "slice": ("sources", "base_model", "parameters", "residual_weight"),
+    "source": ("model", "layer_range", "parameters"),
+    "model": ("model", "parameters"),
+    "reference": ("model", "lora"),
+    "path": ("path", "revision"),
 }
+"""The keys of each place of a page that are honoured."""
+REFUSED = {"override_architecture"}
+"""Keys of mergekit that are refused: tensors go by their names here, whatever the architecture is called."""
+
 # mergekit's parameters of one method or another; pages carry them along where they have no effect.
 _PARAMETERS = (
     "weight",
@@ -66,7 +79,13 @@ _PARAMETERS = (
     "max_iter",
     "tol",
     "eps",
+    "normalize_weights",
+    "nuslerp_row_wise",
+    "nuslerp_flatten",
+    "r",
+    "alpha",
 )
+_WORDS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 # Where mergekit's defaults are not ours.
 _DEFAULTS: dict[str, dict[str, Setting]] = {
     "ties": {"density": 1.0, "trim_scope": "tensor", "zero_sign": "positive"},
@@ -86,35 +105,21 @@ def parse_mergekit(body: Mapping[str, Any], page: Page | None = None) -> MergeCo
     Raises:
         PageError: what is wrong; with file and line where `page` is given.
     """
-    for key in body:
-        if key in _NOT_BUILT:
-            fail(page, (key,), f"{_NOT_BUILT[key]} is not supported")
-        if key not in _KEYS:
-            fail(page, (key,), f"no such key{nearest(key, _KEYS) or ';'} known: {', '.join(_KEYS)}")
     method = method_of(body, "merge_method", page)
     reader = _Reader(body["merge_method"], method, page)
-    if ("models" in body) == ("slices" in body):
-        fail(page, (), "expected either `models` or `slices`")
+    reader.check_keys(body, (), KEYS["page"])
+    reader.one_of(body, (), _INPUTS)
     options = reader.options(body, ())
-    if body["merge_method"] == "slerp" and not _sets(body, "t"):
+    if body["merge_method"] == "slerp" and not any("t" in place for place in _parameters(body)):
         fail(page, (), "slerp needs `parameters: {t: ...}`: 0 is the base, 1 the other model")
-    if "models" in body:
-        inputs = [
-            reader.input(entry, ("models", index), ("model", "parameters"))
-            for index, entry in enumerate(listed(body, "models", page))
-        ]
-        slices: Sequence[OutputSlice] = [OutputSlice(tuple(inputs), keys=("models",))]
-    else:
-        slices = [
-            reader.slice(entry, ("slices", index)) for index, entry in enumerate(listed(body, "slices", page))
-        ]
     return MergeConfig(
         method=body["merge_method"],
-        slices=tuple(slices),
-        base=text(body, "base_model", page),
+        slices=tuple(reader.modules(body) if body.get("modules") else reader.slices(body, ())),
+        base=reader.reference(body, "base_model", ()),
         options={**_DEFAULTS.get(body["merge_method"], {}), **options},
         dtype=output_dtype(body, page),
         tokenizer=_tokenizer(body, page),
+        chat_template=chat_template(body, page),
         dialect="mergekit",
         warnings=tuple(reader.warnings),
         page=page,
@@ -122,35 +127,73 @@ def parse_mergekit(body: Mapping[str, Any], page: Page | None = None) -> MergeCo
 
 
 class _Reader:
-    """Reads models, slices and parameters; notes parameters without effect once each."""
+    """Reads modules, slices, models and parameters; notes what has no effect once each."""
 
     def __init__(self, name: str, method: type, page: Page | None) -> None:
         self.name, self.method, self.page = name, method, page
         self.warnings: list[str] = []
 
-    def slice(self, entry: Any, keys: Keys) -> OutputSlice:
-        self._check_keys(entry, keys, ("sources", "base_model", "parameters"))
+    def one_of(self, body: Mapping[str, Any], keys: Keys, choices: tuple[str, ...]) -> None:
+        """Refuse a place with none of these keys, or several; those that are null or empty don't count."""
+        if sum(bool(body.get(key)) for key in choices) != 1:
+            words = ", ".join(f"`{key}`" for key in choices[:-1])
+            fail(self.page, keys, f"expected either {words} or `{choices[-1]}`")
+
+    def modules(self, body: Mapping[str, Any]) -> Iterator[OutputSlice]:
+        """The slices of all modules, each with its module's parameters."""
+        if not isinstance(body["modules"], Mapping):
+            fail(self.page, ("modules",), f"expected a mapping of modules, found {body['modules']!r}")
+        for name, entry in body["modules"].items():
+            keys = ("modules", name)
+            self.check_keys(entry, keys, KEYS["module"])
+            self.one_of(entry, keys, ("models", "slices"))
+            options = self.options(entry, keys)
+            yield from self.slices(entry, keys, name, options)
+
+    def slices(
+        self,
+        body: Mapping[str, Any],
+        keys: Keys,
+        module: str | None = None,
+        options: Mapping[str, Setting] | None = None,
+    ) -> Iterator[OutputSlice]:
+        """The slices of a page or module; `models` are one that holds everything."""
+        of_module = (module, options or {}, keys if module else ())
+        if body.get("models"):
+            inputs = tuple(
+                self.input(entry, (*keys, "models", index), "model")
+                for index, entry in enumerate(listed(body, "models", self.page, keys))
+            )
+            yield OutputSlice(inputs, None, {}, (*keys, "models"), *of_module)
+            return
+        for index, entry in enumerate(listed(body, "slices", self.page, keys)):
+            yield self.slice(entry, (*keys, "slices", index), of_module)
+
+    def slice(self, entry: Any, keys: Keys, of_module: tuple[Any, Any, Any]) -> OutputSlice:
+        self.check_keys(entry, keys, KEYS["slice"])
+        if entry.get("residual_weight") is not None:
+            self._note("`residual_weight` has no effect, as it has none in mergekit")
         sources = [
-            self.input(source, (*keys, "sources", index), ("model", "layer_range", "parameters"))
+            self.input(source, (*keys, "sources", index), "source")
             for index, source in enumerate(listed(entry, "sources", self.page, keys))
         ]
         lengths = {source.layers[1] - source.layers[0] for source in sources if source.layers}
         if len(lengths) > 1:
             ranges = ", ".join(str(list(source.layers or ())) for source in sources)
             fail(self.page, (*keys, "sources"), f"all sources of a slice need as many layers, found {ranges}")
-        base = text(entry, "base_model", self.page, keys)
-        return OutputSlice(tuple(sources), base, self.options(entry, keys), keys)
+        base = self.reference(entry, "base_model", keys)
+        return OutputSlice(tuple(sources), base, self.options(entry, keys), keys, *of_module)
 
-    def input(self, entry: Any, keys: Keys, known: tuple[str, ...]) -> Input:
-        self._check_keys(entry, keys, known)
-        model = text(entry, "model", self.page, keys)
+    def input(self, entry: Any, keys: Keys, place: str) -> Input:
+        self.check_keys(entry, keys, KEYS[place])
+        model = self.reference(entry, "model", keys)
         if not model:
             fail(self.page, keys, "expected `model: <path>`")
         layers = None
-        if "layer_range" in known:
+        if place == "source":
             layers = entry.get("layer_range")
             if (
-                not isinstance(layers, list)
+                not isinstance(layers, list | tuple)
                 or len(layers) != 2
                 or any(not isinstance(end, int) or isinstance(end, bool) for end in layers)
                 or not 0 <= layers[0] < layers[1]
@@ -162,6 +205,31 @@ class _Reader:
                 )
             layers = (layers[0], layers[1])
         return Input(model, self.options(entry, keys, of_one_model=True), layers, keys)
+
+    def reference(self, body: Mapping[str, Any], key: str, keys: Keys) -> str | None:
+        """A model: text, or the same in parts (`{model: {path, revision}, lora: ...}`); None where absent."""
+        value, keys = body.get(key), (*keys, key)
+        if not isinstance(value, Mapping):
+            return self._path(value, keys)
+        if value.get("override_architecture") is not None:
+            what = "is not supported: tensors are merged by name, whatever the architecture is called"
+            fail(self.page, (*keys, "override_architecture"), what)
+        self.check_keys(value, keys, (*KEYS["reference"], *REFUSED))
+        model, lora = (self._path(value.get(part), (*keys, part)) for part in KEYS["reference"])
+        if not model:
+            fail(self.page, keys, f"expected `model: <path>`, found {dict(value)!r}")
+        return f"{model}+{lora}" if lora else model
+
+    def _path(self, value: Any, keys: Keys) -> str | None:
+        if isinstance(value, Mapping):
+            self.check_keys(value, keys, KEYS["path"])
+            path, revision = (self._path(value.get(part), (*keys, part)) for part in KEYS["path"])
+            return f"{path}@{revision}" if path and revision else path
+        if isinstance(value, Path):
+            return str(value)
+        if value is not None and not isinstance(value, str):
+            fail(self.page, keys, f"expected text, found {value!r}")
+        return value
 
     def options(
         self, entry: Mapping[str, Any], keys: Keys, *, of_one_model: bool = False
@@ -192,9 +260,23 @@ class _Reader:
             self.warnings.append(note)
 
     def _translated(self, key: str, value: Any) -> Any:
+        """The value as mergekit takes it: numbers and switches may be quoted, or YAML 1.1's words."""
+        if isinstance(value, list):
+            return [self._translated(key, item) for item in value]
+        if isinstance(value, Mapping):
+            if "value" not in value:
+                return value
+            return {**value, "value": self._translated(key, value["value"])}
+        kind = schema(self.method)[page_key(key)]
+        if isinstance(value, str) and value.lower() in _WORDS and (kind is bool or key == "rescale"):
+            value = _WORDS[value.lower()]
+        elif kind is bool and value in (0, 1):
+            value = bool(value)
+        elif isinstance(value, str) and str not in typing.get_args(kind):
+            value = _number(value)
         return ("l1" if value else "none") if key == "rescale" and isinstance(value, bool) else value
 
-    def _check_keys(self, entry: Any, keys: Keys, known: tuple[str, ...]) -> None:
+    def check_keys(self, entry: Any, keys: Keys, known: tuple[str, ...]) -> None:
         if not isinstance(entry, Mapping):
             fail(self.page, keys, f"expected a mapping of {', '.join(known)}, found {entry!r}")
         for key in entry:
@@ -206,10 +288,27 @@ class _Reader:
                 )
 
 
-def _sets(body: Mapping[str, Any], parameter: str) -> bool:
-    places = [body, *body.get("models", []), *body.get("slices", [])]
-    places += [source for part in body.get("slices", []) for source in part.get("sources", [])]
-    return any(parameter in (place.get("parameters") or {}) for place in places)
+def _number(text: str) -> Any:
+    """The number that a text spells, or the text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _parameters(body: Any) -> Iterator[Mapping[str, Any]]:
+    """All mappings under a key `parameters`, wherever they stand on the page."""
+    if isinstance(body, Mapping):
+        for key, value in body.items():
+            if key == "parameters" and isinstance(value, Mapping):
+                yield value
+            else:
+                yield from _parameters(value)
+    elif isinstance(body, list):
+        for entry in body:
+            yield from _parameters(entry)
 
 
 def _tokenizer(body: Mapping[str, Any], page: Page | None) -> Any:

@@ -53,6 +53,9 @@ def _unmatched(config: MergeConfig, method: type, names: Collection[str]) -> Ite
 def _scopes(config: MergeConfig) -> Iterator[tuple[Keys, Mapping[str, Setting]]]:
     inner = ("parameters",) if config.dialect == "mergekit" else ()
     yield inner, config.options
+    modules = {part.module_keys: part.module_options for part in config.slices if part.module}
+    for keys, options in modules.items():
+        yield (*keys, *inner), options
     for part in config.slices:
         yield (*part.keys, *inner), part.options
         for source in part.inputs:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from weightsmith.checkpoints import Ancestor, Checkpoint, Lineage, TensorSpec, plan_layout
 from weightsmith.errors import CheckpointError
 from weightsmith.merging import compatibility
+from weightsmith.merging.chat import chosen, with_template
 from weightsmith.merging.config import MergeConfig
 from weightsmith.merging.matrices import crowded
 from weightsmith.merging.options import OptionError, build, is_per_model, schema
@@ -84,6 +85,7 @@ class MergePlan:
         outputs: The tensors to be written, in the order of their names.
         side_files: What the output carries beside weights.
         warnings: What the user should know, once each; showing it is the caller's.
+        notes: What was chosen for the user, one line each.
         out: The folder to make, where it is known already.
         threads: Workers at once; None for one per core.
         device: Where spectral methods compute.
@@ -104,6 +106,7 @@ class MergePlan:
         self.overwrite, self.threads, self.device = overwrite, threads, device
         self._sources = sources
         self.warnings = (*config.warnings, *sources.warnings)
+        self.notes: tuple[str, ...] = ()
         method = load(config.method, "merging")
         resolver = Resolver(config, method)
         self.outputs = tuple(
@@ -222,12 +225,12 @@ class MergePlan:
         return Output(TensorSpec(name, dtype, reference.info.shape), layer, part.base, part.models, method)
 
     def _side_files(self) -> dict[str, Path | bytes]:
-        files: dict[str, Path | bytes] = dict(self.donor.side_file_map())
+        files = self._with_chat_template(dict(self.donor.side_file_map()))
         if "config.json" not in files:
             return files
         config: dict[str, Any] = self.donor.config
-        if self._sources.kept_layers is not None:
-            config, doubtful = restacked(config, self._sources.kept_layers, self._sources.donor_depth)
+        for restack in self._sources.restacks:
+            config, doubtful = restacked(config, restack.kept, restack.depth, restack.module)
             if doubtful:
                 self.warnings += (
                     f"config.json rules layers by their number ({', '.join(doubtful)}): check it by hand",
@@ -238,9 +241,23 @@ class MergePlan:
             files["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         return files
 
+    def _with_chat_template(self, files: dict[str, Path | bytes]) -> dict[str, Path | bytes]:
+        asked = self.config.chat_template
+        if asked is None:
+            return files
+        if not any(name.startswith("tokenizer") for name in files):
+            self.config.fail(
+                ("chat_template",), f"{self.donor.name} has no tokenizer that it could belong to"
+            )
+        models = dict.fromkeys([self.donor, *(checkpoint for checkpoint, _ in self._sources.roles)])
+        template, whose = chosen(asked, list(models))
+        if asked == "auto":
+            self.notes += (f"chat template: {whose}",)
+        return files if template is None else with_template(files, template)
+
 
 class Resolver:
-    """Options of each tensor: a model's own, else its slice's, else the page's, else the method's default."""
+    """Options of each tensor: a model's own, else its slice's, its module's, the page's, the default."""
 
     def __init__(self, config: MergeConfig, method: type) -> None:
         self._config, self._method = config, method
@@ -256,7 +273,7 @@ class Resolver:
                 if any(is_set for is_set, _ in found):
                     values[key] = tuple(value if is_set else self._default(key) for is_set, value in found)
             else:
-                is_set, value = self._first((part.options, self._config.options), key, name, part.depth, 0)
+                is_set, value = self._first((*part.options, self._config.options), key, name, part.depth, 0)
                 if is_set:
                     values[key] = value
         if "seed" in self._per_model:
@@ -270,7 +287,7 @@ class Resolver:
         return self._built[recipe]
 
     def _of_model(self, key: str, part: Part, place: int) -> tuple[bool, Any]:
-        scopes = (part.model_options[place], part.options, self._config.options)
+        scopes = (part.model_options[place], *part.options, self._config.options)
         return self._first(scopes, key, part.models[place].name, part.depth, part.positions[place])
 
     def _first(
@@ -332,6 +349,7 @@ def _parameters(config: MergeConfig, sources: Sources) -> dict[str, Any]:
     """The page's options as JSON; models by their names, never by paths."""
     slices = [
         {
+            **({"module": part.module, "options": _plain(part.module_options)} if part.module else {}),
             "models": [
                 {
                     "model": sources.opened(source.model).name,
@@ -344,12 +362,14 @@ def _parameters(config: MergeConfig, sources: Sources) -> dict[str, Any]:
         }
         for part in config.slices
     ]
-    inputs = {"slices": slices} if config.stacked else {"models": slices[0]["models"]}
+    in_parts = len(slices) > 1 or config.stacked
+    inputs = {"slices": slices} if in_parts else {"models": slices[0]["models"]}
     return {
         **inputs,
         **_plain(config.options),
         **({"dtype": config.dtype} if config.dtype else {}),
         **({"nan_policy": config.nan_policy} if config.nan_policy != "raise" else {}),
+        **({"chat_template": config.chat_template} if config.chat_template else {}),
     }
 
 

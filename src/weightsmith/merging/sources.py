@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from weightsmith.checkpoints import Checkpoint, TensorInfo, layer_index
 from weightsmith.errors import CheckpointError
 from weightsmith.merging import compatibility
-from weightsmith.merging.config import Input, Keys, MergeConfig, OutputSlice
+from weightsmith.merging.config import Input, Keys, MergeConfig, OutputSlice, show
+from weightsmith.merging.modules import WHOLE, UnknownModuleError, assign, split
 from weightsmith.merging.settings import EachModel, Setting
 from weightsmith.merging.stacking import Stack, is_first
 from weightsmith.registry import load
@@ -37,7 +38,7 @@ class Part:
         models: Where the models' values are.
         model_options: Options of each model.
         positions: Each model's place in lists of one value a model.
-        options: Options of the slice.
+        options: Options of the slice, and of the part of the model it belongs to.
         depth: 0 .. 1 over the layers of the slice, 0 outside.
         keys: Where the slice stands on the page.
     """
@@ -46,7 +47,7 @@ class Part:
     models: tuple[Origin, ...]
     model_options: tuple[Mapping[str, Setting], ...]
     positions: tuple[int, ...]
-    options: Mapping[str, Setting]
+    options: tuple[Mapping[str, Setting], ...]
     depth: float
     keys: Keys
 
@@ -66,6 +67,25 @@ class _Roles:
         return self.base or self.models[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Restack:
+    """How the layers of the output, or of one part of it, are numbered in the donor.
+
+    Attributes:
+        module: The part of the model.
+        kept: For each output layer its number in the donor.
+        depth: Layers of the donor.
+    """
+
+    module: str
+    kept: list[int]
+    depth: int
+
+
+class _PlacedError(CheckpointError):
+    """A checkpoint's problem that tells the page's line already."""
+
+
 class Sources:
     """All checkpoints of a merge; `parts` tells what each output tensor is made from.
 
@@ -73,17 +93,18 @@ class Sources:
         donor: Whose config and tokenizer the output takes.
         roles: Every checkpoint once for each role, in the page's order: "base" or "model".
         warnings: What the user should know.
-        kept_layers: For each output layer its number in the donor, None where layers are not restacked.
-        donor_depth: Layers of the donor.
+        restacks: Known once all parts were asked for: the stacks of layers that are put together anew.
     """
 
     def __init__(self, config: MergeConfig) -> None:
         self.config = config
         self.warnings: tuple[str, ...] = ()
-        self.kept_layers: list[int] | None = None
-        self.donor_depth = 0
+        self.restacks: list[Restack] = []
         self._opened: dict[str, Checkpoint] = {}
-        self._stacks: dict[int, Stack] = {}
+        self._identities: dict[str, str] = {}
+        self._stacks: dict[tuple[int, str], Stack] = {}
+        self._modules: dict[int, dict[str, list[str]]] = {}
+        self._by_module: dict[str, list[_Roles]] = {}
         try:
             self._open_all()
         except BaseException:
@@ -92,11 +113,15 @@ class Sources:
 
     def opened(self, model: str) -> Checkpoint:
         """The open checkpoint of a model as the page names it."""
-        return self._opened[_identity(model)]
+        return self._opened[self._identity(model)]
 
     def parts(self) -> Iterator[tuple[str, int | None, Part]]:
         """Name, layer and origin of every output tensor."""
-        return self._stacked_parts() if self.config.stacked else self._plain_parts()
+        for module, slices in self._by_module.items():
+            if any(roles.part.stacked for roles in slices):
+                yield from self._stacked_parts(module, slices)
+            else:
+                yield from self._plain_parts(module, slices[0])
 
     def close(self) -> None:
         """Close all checkpoints."""
@@ -113,45 +138,66 @@ class Sources:
                 (), f"`{config.method}` changes a base: name the model the others were tuned from in `{key}`"
             )
         if config.base is not None:
-            self._open(config.base)
+            self._open(config.base, ("base_model" if config.dialect == "mergekit" else "base",))
         for part in config.slices:
             if part.base is not None:
-                self._open(part.base)
+                self._open(part.base, (*part.keys, "base_model"))
             for source in part.inputs:
-                self._open(source.model)
+                self._open(source.model, source.keys)
         first = config.slices[0].inputs[0].model
         self.donor = self.opened(first if config.base is None else config.base)
         for checkpoint in self._opened.values():
             compatibility.check_plain(checkpoint)
         self._slices = [self._assign(part) for part in config.slices]
+        for roles in self._slices:
+            self._by_module.setdefault(roles.part.module or WHOLE, []).append(roles)
         self._check_models()
 
-    def _open(self, model: str) -> None:
-        key = _identity(model)
+    def _open(self, model: str, keys: Keys) -> None:
+        """Open a model that the page names at `keys`, once."""
+        key = self._identity(model)
         if key in self._opened:
             return
         folder, plus, adapter = model.rpartition("+")
-        if plus and not Path(model).exists():
-            self._open(folder)
-            self._opened[key] = Checkpoint.open(adapter, base=self.opened(folder))
-            return
-        # An adapter's own config often names a path of the machine it was trained on; the page knows better.
-        base = self.config.base
-        known = self._opened.get(_identity(base)) if base is not None else None
-        self._opened[key] = Checkpoint.open(model, base=known)
+        try:
+            if plus and not Path(model).exists():
+                self._open(folder, keys)
+                self._opened[key] = Checkpoint.open(adapter, base=self.opened(folder))
+                return
+            # An adapter's own config often names a path of the machine it was trained on; the page knows
+            # better.
+            base = self.config.base
+            known = self._opened.get(self._identity(base)) if base is not None else None
+            self._opened[key] = Checkpoint.open(model, base=known)
+        except CheckpointError as problem:
+            raise self._placed(problem, keys) from problem
+
+    def _placed(self, problem: CheckpointError, keys: Keys) -> CheckpointError:
+        """The problem with the line of the page that names the model, where there is a page."""
+        page = self.config.page
+        if page is None or isinstance(problem, _PlacedError):
+            return problem
+        return _PlacedError(f"{page.path}:{page.line(keys)}: {show(keys)}: {problem}")
+
+    def _identity(self, model: str) -> str:
+        """The same text for the same model, however its path is written."""
+        if model not in self._identities:
+            path = Path(model).expanduser()
+            self._identities[model] = str(path.resolve()) if path.exists() else model
+        return self._identities[model]
 
     def _assign(self, part: OutputSlice) -> _Roles:
         """Take the base out of the models, or put it first where it is one of them."""
         base_name = part.base or self.config.base
-        base_key = None if base_name is None else _identity(base_name)
-        listed = [source for source in part.inputs if _identity(source.model) == base_key]
+        base_key = None if base_name is None else self._identity(base_name)
+        listed = [source for source in part.inputs if self._identity(source.model) == base_key]
         inputs = list(enumerate(part.inputs))
         base: tuple[Checkpoint, int] | None = None
         if self._method.base != "none" and base_name is not None:
-            inputs = [(place, source) for place, source in inputs if _identity(source.model) != base_key]
+            inputs = [(place, source) for place, source in inputs if self._identity(source.model) != base_key]
             layers = (listed or part.inputs)[0].layers
             base = (self.opened(base_name), layers[0] if layers else 0)
-            if listed and not self.config.stacked:
+            if listed and not part.stacked:
                 self.warnings += (f"the base {base[0].name} is listed among the models and is ignored there",)
             if not inputs:
                 self.config.fail(part.keys, f"no model is left after the base {base[0].name} is taken out")
@@ -180,57 +226,82 @@ class Sources:
     def _check_models(self) -> None:
         """Compare every checkpoint with the donor: architecture, tokenizer, names of tensors."""
         self.roles: list[tuple[Checkpoint, str]] = []
-        uses_base = any(roles.base is not None for roles in self._slices)
-        if self.config.base is not None and uses_base:
-            self.roles.append((self.donor, "base"))
+        seen: set[tuple[int, str]] = set()
+        # Of a merge in parts a model is named once, whatever it gives to; else once for every mention.
+        once = self.config.stacked or len(self._slices) > 1
+
+        def note(checkpoint: Checkpoint, role: str, only_once: bool) -> None:
+            if not only_once or (id(checkpoint), role) not in seen:
+                seen.add((id(checkpoint), role))
+                self.roles.append((checkpoint, role))
+
+        if self.config.base is not None and any(roles.base is not None for roles in self._slices):
+            note(self.donor, "base", True)
         for roles in self._slices:
-            if roles.base is not None and (roles.base[0], "base") not in self.roles:
-                self.roles.append((roles.base[0], "base"))
+            if roles.base is not None:
+                note(roles.base[0], "base", True)
             for checkpoint, _ in roles.models:
-                if (checkpoint, "model") not in self.roles or not self.config.stacked:
-                    self.roles.append((checkpoint, "model"))
+                note(checkpoint, "model", once)
         others = list({id(c): c for c, _ in self.roles if c is not self.donor}.values())
         for checkpoint in others:
             self.warnings += tuple(compatibility.check_architecture(checkpoint, self.donor))
         if self.config.tokenizer is None:
             key = "tokenizer_source: base" if self.config.dialect == "mergekit" else "tokenizer: base"
             compatibility.check_tokenizers(others, self.donor, key)
-        if not self.config.stacked:
-            roles = self._slices[0]
-            for checkpoint, _ in roles.models:
-                if checkpoint is not roles.reference[0]:
-                    compatibility.check_names(checkpoint, roles.reference[0])
+        for module, slices in self._by_module.items():
+            if not any(roles.part.stacked for roles in slices):
+                self._check_names(module, slices[0])
 
-    def _plain_parts(self) -> Iterator[tuple[str, int | None, Part]]:
-        roles = self._slices[0]
-        names = list(roles.reference[0].tensors)
-        layers = {name: layer_index(name) for name in names}
-        last = max((layer for layer in layers.values() if layer is not None), default=0)
-        for name in names:
-            layer = layers[name]
-            holders = [roles.base, *roles.models] if roles.base else list(roles.models)
-            if compatibility.is_buffer(name) and any(compatibility.find(c, name) is None for c, _ in holders):
-                continue  # a buffer that not every model stores: loaders make it anew
-            depth = 0.0 if layer is None else layer / last if last else 1.0
-            yield name, layer, self._part(roles, [name] * len(holders), depth)
+    def _check_names(self, module: str, roles: _Roles) -> None:
+        reference = roles.reference[0]
+        names = self._names(reference, module)
+        for checkpoint in {id(c): c for c, _ in roles.models if c is not reference}.values():
+            compatibility.check_names(checkpoint, reference, self._names(checkpoint, module), names)
 
-    def _stacked_parts(self) -> Iterator[tuple[str, int | None, Part]]:
-        donor = self._stack(self.donor)
-        self.kept_layers, self.donor_depth = [], donor.depth
-        for roles in self._slices:
+    def _names(self, checkpoint: Checkpoint, module: str) -> Collection[str]:
+        """The tensors of a checkpoint that belong to a module of the page."""
+        if list(self._by_module) == [WHOLE]:
+            return checkpoint.tensors
+        if id(checkpoint) not in self._modules:
+            keys = {part.module: part.module_keys for part in self.config.slices}
+            try:
+                self._modules[id(checkpoint)] = assign(list(self._by_module), checkpoint.tensors)
+            except UnknownModuleError as wrong:
+                self.config.fail(keys.get(wrong.module, ("modules",)), str(wrong))
+        return self._modules[id(checkpoint)][module]
+
+    def _plain_parts(self, module: str, roles: _Roles) -> Iterator[tuple[str, int | None, Part]]:
+        holders = [roles.base, *roles.models] if roles.base else list(roles.models)
+        names = self._names(roles.reference[0], module)
+        for group in split(names).values():  # each stack of layers has a depth of its own
+            layers = {name: layer_index(name) for name in group}
+            last = max((layer for layer in layers.values() if layer is not None), default=0)
+            for name, layer in layers.items():
+                if compatibility.is_buffer(name) and any(
+                    compatibility.find(c, name) is None for c, _ in holders
+                ):
+                    continue  # a buffer that not every model stores: loaders make it anew
+                depth = 0.0 if layer is None else layer / last if last else 1.0
+                yield name, layer, self._part(roles, [name] * len(holders), depth)
+
+    def _stacked_parts(self, module: str, slices: Sequence[_Roles]) -> Iterator[tuple[str, int | None, Part]]:
+        donor = self._stack(self.donor, module)
+        kept: list[int] = []
+        for roles in slices:
             layers = roles.part.inputs[0].layers or (0, donor.depth)
             count = layers[1] - layers[0]
+            holders = [roles.base, *roles.models] if roles.base else list(roles.models)
             for step in range(count):
-                layer = len(self.kept_layers)
-                holders = [roles.base, *roles.models] if roles.base else list(roles.models)
+                layer = len(kept)
                 rests = self._rests(holders, step, roles.part)
                 depth = step / (count - 1) if count > 1 else 1.0
                 for rest in rests:
-                    names = [self._stack(c).name(first + step, rest) for c, first in holders]
-                    yield donor.name(layer, rest), layer, self._part(roles, names, depth)
-                self.kept_layers.append(roles.reference[1] + step)
-        for name in donor.outside(self.donor.tensors):
-            roles = self._slices[0 if is_first(name) else -1]
+                    found = [self._stack(c, module).name(first + step, rest) for c, first in holders]
+                    yield donor.name(layer, rest), layer, self._part(roles, found, depth)
+                kept.append(roles.reference[1] + step)
+        self.restacks.append(Restack(module, kept, donor.depth))
+        for name in donor.outside(self._names(self.donor, module)):
+            roles = slices[0 if is_first(name) else -1]
             holders = [roles.base, *roles.models] if roles.base else list(roles.models)
             if compatibility.is_buffer(name):
                 continue
@@ -246,7 +317,7 @@ class Sources:
         """Rests of the names in one layer, the same in all models."""
         found = []
         for checkpoint, first in holders:
-            stack = self._stack(checkpoint)
+            stack = self._stack(checkpoint, part.module or WHOLE)
             if first + step >= stack.depth:
                 self.config.fail(
                     part.keys,
@@ -273,14 +344,15 @@ class Sources:
             for (checkpoint, _), name in zip(holders, names, strict=True)
         ]
         base = origins.pop(0) if roles.base else None
-        return Part(
-            base, tuple(origins), roles.options, roles.positions, roles.part.options, depth, roles.part.keys
-        )
+        part = roles.part
+        scopes = (part.options, part.module_options)
+        return Part(base, tuple(origins), roles.options, roles.positions, scopes, depth, part.keys)
 
-    def _stack(self, checkpoint: Checkpoint) -> Stack:
-        if id(checkpoint) not in self._stacks:
-            self._stacks[id(checkpoint)] = Stack(checkpoint)
-        return self._stacks[id(checkpoint)]
+    def _stack(self, checkpoint: Checkpoint, module: str) -> Stack:
+        key = id(checkpoint), module
+        if key not in self._stacks:
+            self._stacks[key] = Stack(checkpoint, self._names(checkpoint, module))
+        return self._stacks[key]
 
 
 def open_sources(config: MergeConfig) -> Sources:
@@ -291,12 +363,6 @@ def open_sources(config: MergeConfig) -> Sources:
         CheckpointError: a model can't be read or doesn't fit the others.
     """
     return Sources(config)
-
-
-def _identity(model: str) -> str:
-    """The same text for the same model, however its path is written."""
-    path = Path(model).expanduser()
-    return str(path.resolve()) if path.exists() else model
 
 
 def _info(checkpoint: Checkpoint, name: str) -> TensorInfo:

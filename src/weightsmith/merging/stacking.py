@@ -12,9 +12,17 @@ from typing import Any
 
 from weightsmith.checkpoints import Checkpoint
 from weightsmith.errors import CheckpointError
+from weightsmith.merging.modules import WHOLE
 
 _LAYERED = re.compile(r"^(.*?\.|)(\d+)(\..+)$")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+# Where the config counts the layers of a part of the model: sections ("" is the page itself) and keys.
+_PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "vision_tower": (("vision_config",), (*_LAYER_COUNTS, "depth")),
+    "vision_model": (("vision_config",), (*_LAYER_COUNTS, "depth")),
+    "encoder": (("",), ("num_layers", "num_hidden_layers", "encoder_layers")),
+    "decoder": (("",), ("num_decoder_layers", "decoder_layers")),
+}
 # Lists of layer numbers; other lists that are as long as the model is deep hold one value a layer.
 _LAYER_NUMBERS = ("mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "moe_layers", "dense_layers")
 # Rules by layer number: a restacked model follows them by its new numbers.
@@ -32,7 +40,11 @@ _FIRST = re.compile(r"(^|\.)(wte|wpe|emb|tok|.*embed.*|word_embeddings.*|shared)
 
 
 class Stack:
-    """The stack of layers of one model.
+    """A stack of layers of one model.
+
+    Args:
+        model: The model.
+        names: Its tensors that the stack is looked for in: all, or those of one part of the model.
 
     Attributes:
         prefix: What stands before the layer's number in names (`model.layers.`).
@@ -40,10 +52,10 @@ class Stack:
         rest: Rests of the names in each layer (`.mlp.up_proj.weight`), by layer.
     """
 
-    def __init__(self, model: Checkpoint) -> None:
+    def __init__(self, model: Checkpoint, names: Collection[str]) -> None:
         self.rest: dict[int, list[str]] = {}
         prefixes = set()
-        for name in model.tensors:
+        for name in names:
             match = _LAYERED.match(name)
             if match:
                 prefixes.add(match[1])
@@ -72,13 +84,16 @@ def is_first(name: str) -> bool:
     return bool(_FIRST.search(name))
 
 
-def restacked(config: Mapping[str, Any], kept: Sequence[int], depth: int) -> tuple[dict[str, Any], list[str]]:
+def restacked(
+    config: Mapping[str, Any], kept: Sequence[int], depth: int, module: str = WHOLE
+) -> tuple[dict[str, Any], list[str]]:
     """The config of a model whose layers are the `kept` ones of a model of `depth`, in this order.
 
     Args:
         config: config.json of the model the layers are counted in.
         kept: For each of the L output layers its number in that model.
         depth: Layers of that model.
+        module: The part of the model whose layers they are.
 
     Returns:
         The new config, and the keys in it that rule layers by their number and now mean other ones.
@@ -89,10 +104,11 @@ def restacked(config: Mapping[str, Any], kept: Sequence[int], depth: int) -> tup
     """
     new = copy.deepcopy(dict(config))
     doubtful = []
-    for part in (new, new.get("text_config")):
+    sections, counts = _PLACES.get(module, (("", "text_config"), _LAYER_COUNTS))
+    for part in (new.get(section) if section else new for section in sections):
         if not isinstance(part, dict):
             continue
-        for key in _LAYER_COUNTS:
+        for key in counts:
             if part.get(key) == depth:
                 part[key] = len(kept)
         for key, value in part.items():

@@ -19,6 +19,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,7 @@ Work = Callable[[Any, Tell], Any]
 Key = Callable[[Any], Parameter]
 """The parameter of an item."""
 
+_TELL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
 # Forking is safe with what a worker does (NumPy and files), and only Linux kills it with its parent.
 _CAN_FORK = sys.platform == "linux"
@@ -153,6 +155,16 @@ def _be_worker(
     def send(kind: str, content: Any) -> None:
         sender.send_bytes(pickle.dumps((kind, content), pickle.HIGHEST_PROTOCOL))
 
+    untold, told_at = 0.0, time.monotonic()
+
+    def tell(amount: float) -> None:
+        # Not each of thousands: a message takes the parent from whatever core it is on.
+        nonlocal untold, told_at
+        untold += amount
+        if (now := time.monotonic()) - told_at >= _TELL_SECONDS:
+            send("told", untold)
+            untold, told_at = 0.0, now
+
     status = 1
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -162,8 +174,9 @@ def _be_worker(
         scratch, before = Scratch(), rss_bytes()
         while (number := int.from_bytes(os.read(turn[0], 8), "little")) < items:
             os.write(turn[1], (number + 1).to_bytes(8, "little"))
-            send("done", one(number, lambda amount: send("told", amount), scratch))
+            send("done", one(number, tell, scratch))
         os.write(turn[1], items.to_bytes(8, "little"))
+        send("told", untold)
         send("grown", max(0, peak_rss_bytes() - before))
         status = 0
     except BaseException as error:

@@ -29,11 +29,21 @@ CASES = {
     "breadcrumbs": {"density": 0.3, "gamma": 0.1},
     "breadcrumbs_ties": {"density": 0.3, "gamma": 0.1, "rescale": "l1"},
     "slerp": {"t": 0.3},
+    "nuslerp": {"weight": [1.0, 3.0]},
+    "nuslerp by rows": {"nuslerp_flatten": False},
+    "nuslerp by columns": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+    "multislerp": {"weight": [0.2, 0.5, 0.3]},
+    "karcher": {},
+    "sce": {"select_topk": 0.3},
+    "ram": {"epsilon": 1e-3},
+    "ramplus_tl": {"epsilon": 1e-3},
+    "nearswap": {"t": 1e-3},
+    "arcee_fusion": {},
     "model_stock": {},
     "model_stock by row": {"filter_wise": True},
     "passthrough": {"scale": 1.5},
 }
-COUNTS = {"slerp": 1, "passthrough": 1}
+COUNTS = {"slerp": 1, "passthrough": 1, "nuslerp": 2, "nearswap": 1, "arcee_fusion": 1}
 
 
 def config(root, case, **options):

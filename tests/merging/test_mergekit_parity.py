@@ -13,11 +13,28 @@ import pytest
 
 from weightsmith.checkpoints import CheckpointWriter, Lineage, TensorSpec
 from weightsmith.merging import merge
+from weightsmith.registry import cards
 
 from .made import read
 
 PEER = Path(__file__).parents[2] / ".venv-peers" / "bin" / "python"
 HIDDEN, INNER, VOCABULARY, LAYERS = 32, 48, 64, 3
+
+# Every name in the registry of mergekit 0.1.5.
+NAMES = [
+    *("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear"),
+    *("karcher", "linear", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram"),
+    *("ramplus_tl", "sce", "slerp", "task_arithmetic", "ties"),
+]
+
+# Entries, of some thirty thousand, whose score is the threshold but for rounding: mergekit takes logarithms
+# of quotients that are nearly 1 in float32.
+AT_A_THRESHOLD = {"arcee_fusion": 3}
+
+LIST_NAMES = """
+from mergekit.merge_methods.registry import registered_methods
+print(*sorted(method.spec.name for method in registered_methods()))
+"""
 
 RUN_PAGES = """
 import json, sys, yaml
@@ -100,6 +117,22 @@ def pages(root):
         "breadcrumbs_all": page("breadcrumbs", models(*three, **weights)),
         "breadcrumbs_ties": page("breadcrumbs_ties", models(*three, **weights), density=0.5, rescale=True),
         "slerp": page("slerp", models("base", "m1"), t=steps),
+        "nuslerp": page("nuslerp", models("m1", "m2", weight=(0.3, 0.9)), base=False),
+        "nuslerp_changes": page("nuslerp", models("m1", "m2", weight=(0.3, 0.9))),
+        "nuslerp_rows": page("nuslerp", models("m1", "m2", weight=(1, 2)), nuslerp_flatten=False),
+        "nuslerp_columns": page(
+            "nuslerp", models("m1", "m2", weight=(1, 2)), nuslerp_flatten=False, nuslerp_row_wise=True
+        ),
+        "multislerp": page("multislerp", models(*three, **weights), base=False),
+        "multislerp_changes": page("multislerp", models(*three, **weights), normalize_weights=False),
+        "karcher": page("karcher", models(*three), base=False),
+        "karcher_with_base": page("karcher", models("m1", "m2"), max_iter=3),
+        "sce": page("sce", models(*three)),
+        "sce_selected": page("sce", models(*three), select_topk=0.3),
+        "ram": page("ram", models(*three), epsilon=0.1),
+        "ramplus_tl": page("ramplus_tl", models(*three), epsilon=0.1, r=0.5, alpha=0.8),
+        "nearswap": page("nearswap", models("m1"), t=[0.02, 0.1]),
+        "arcee_fusion": page("arcee_fusion", models("m1")),
         "model_stock": page("model_stock", models(*three)),
         "model_stock_rows": page("model_stock", models(*three), filter_wise=True),
         "passthrough": {
@@ -155,6 +188,20 @@ def random_pages(root):
     }
 
 
+def test_every_method_that_mergekit_names_is_one_of_ours_and_has_a_page_here():
+    known = {card.id for card in cards("merging")}
+    assert set(NAMES) <= known
+    made = {page["merge_method"] for page in (*pages(Path()).values(), *random_pages(Path()).values())}
+    assert made == set(NAMES)
+
+
+def test_the_names_are_those_of_the_installed_mergekit():
+    if not PEER.exists():
+        pytest.skip("mergekit is not installed in .venv-peers")
+    done = subprocess.run([PEER, "-c", LIST_NAMES], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == NAMES
+
+
 @pytest.fixture(scope="module")
 def merged_by_mergekit(tmp_path_factory):
     if not PEER.exists():
@@ -180,9 +227,14 @@ def test_a_page_gives_the_tensors_mergekit_gives(name, merged_by_mergekit, tmp_p
     merge(pages(merged_by_mergekit)[name], tmp_path / "ours")
     ours, theirs = read(tmp_path / "ours"), read(merged_by_mergekit / "theirs" / name)
     assert set(ours) == set(theirs)
+    differ = 0
     for tensor, values in ours.items():
         # Both compute in float32; sums are made in another order.
-        np.testing.assert_allclose(values, theirs[tensor], rtol=2e-5, atol=2e-6, err_msg=tensor)
+        close = np.isclose(values, theirs[tensor], rtol=2e-5, atol=2e-6)
+        differ += np.count_nonzero(~close)
+        if name not in AT_A_THRESHOLD:
+            np.testing.assert_allclose(values, theirs[tensor], rtol=2e-5, atol=2e-6, err_msg=tensor)
+    assert differ <= AT_A_THRESHOLD.get(name, 0)
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     peer = json.loads((merged_by_mergekit / "theirs" / name / "config.json").read_text())
     assert config["num_hidden_layers"] == peer["num_hidden_layers"]

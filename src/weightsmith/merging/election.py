@@ -26,6 +26,7 @@ def elect(
     normalize: bool,
     zeros_negative: bool,
     scratch: Scratch,
+    weigh_votes: bool = True,
 ) -> np.ndarray:
     """The elected mean (or sum) of T changes.
 
@@ -35,6 +36,7 @@ def elect(
         normalize: Divide by the weight of the models that agree.
         zeros_negative: Elect minus where the votes cancel.
         scratch: Buffers of the worker.
+        weigh_votes: Votes are weight times change; else the changes alone, and weights may not be negative.
 
     Returns:
         fp32 (n,), a scratch buffer.
@@ -42,7 +44,7 @@ def elect(
     numel = changes.shape[1]
     # Equal weights cancel in a mean: the votes are counted (in one byte) instead of weighed.
     equal = len(set(weights)) == 1 and weights[0] > 0 and len(weights) < 256
-    if not equal:
+    if not equal and weigh_votes:
         for change, weight in zip(changes, weights, strict=True):
             scaled(change, weight)
     sign = summed(changes, scratch.get("votes", numel)).view(np.int32)
@@ -53,6 +55,9 @@ def elect(
     # With the elected sign taken out, those who agree are the positive ones.
     words = changes.view(np.int32)
     np.bitwise_xor(words, sign, out=words)
+    if not equal and not weigh_votes:
+        for change, weight in zip(changes, weights, strict=True):
+            scaled(change, weight)
     np.maximum(changes, scratch.filled(0.0, numel), out=changes)
     divisor = _divisor(changes, None if equal else weights, scratch) if normalize else None
     total = summed(changes, changes[0])

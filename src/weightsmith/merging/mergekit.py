@@ -96,6 +96,7 @@ _DEFAULTS: dict[str, dict[str, Setting]] = {
     "breadcrumbs": {"density": 1.0},
     "breadcrumbs_ties": {"density": 1.0, "normalize": False, "zero_sign": "positive"},
     "model_stock": {"clamp": False},
+    "sce": {"weight_floor": 1e-6},
 }
 
 

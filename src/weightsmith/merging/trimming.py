@@ -59,7 +59,7 @@ def band_cuts(parameter: Parameter, bands: Sequence[tuple[int, int]]) -> tuple[C
         The cuts of all `upper`, the cuts of all `lower`.
     """
     count = len(bands)
-    samples = _sampled_bits(parameter, _sample_of_tensor(parameter)) * 2
+    samples = _sampled_bits(parameter, sample_of_tensor(parameter)) * 2
     numbers = [upper for upper, _ in bands] + [lower for _, lower in bands]
     selections = [Selection(n, parameter.numel, bits) for n, bits in zip(numbers, samples, strict=True)]
     cuts = _cuts_of_tensor(parameter, selections)
@@ -104,14 +104,15 @@ def trimmed(deltas: np.ndarray, tile: Tile, cuts: Cuts, outliers: Cuts | None = 
 
 
 def _of_tensor(parameter: Parameter, densities: Sequence[float]) -> list[Selection]:
-    samples = _sampled_bits(parameter, _sample_of_tensor(parameter))
+    samples = _sampled_bits(parameter, sample_of_tensor(parameter))
     return [
         Selection(int(density * parameter.numel), parameter.numel, bits)
         for density, bits in zip(densities, samples, strict=True)
     ]
 
 
-def _sample_of_tensor(parameter: Parameter) -> int:
+def sample_of_tensor(parameter: Parameter) -> int:
+    """How many elements of a tensor are sampled for a selection in it."""
     return min(max(parameter.numel // _SAMPLE_ONE_IN, _SMALL), _SAMPLE_OF_TENSOR)
 
 

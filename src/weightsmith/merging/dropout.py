@@ -8,11 +8,34 @@ density is a multiple of 1/256; the hash meets any other density to 2**-32.
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 
 from weightsmith.runs.seeds import derive
 
 _BYTES = 8  # of one step of the generator
+
+
+class _Streams(threading.local):
+    """The generators of a thread and where they are: making one costs as much as a quarter of a tile."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[np.random.PCG64DXSM, int]] = {}
+
+    def at(self, key: int, step: int, steps: int) -> np.random.PCG64DXSM:
+        """The generator of `key`, `step` steps from its start; `steps` will be taken."""
+        if key not in self._held and len(self._held) >= _HELD:
+            self._held.clear()
+        generator, reached = self._held.get(key) or (np.random.PCG64DXSM(key), 0)
+        if step != reached:
+            generator.advance((step - reached) % 2**128)
+        self._held[key] = generator, step + steps
+        return generator
+
+
+_HELD = 64  # a tensor has one for each model
+_streams = _Streams()
 
 
 def keys(seed: int, tensor: str, num_models: int) -> tuple[int, ...]:
@@ -61,7 +84,8 @@ def keep_flags_each(key: int, start: int, probabilities: np.ndarray, out: np.nda
 def _drawn_bytes(key: int, start: int, count: int) -> np.ndarray:
     """Bytes start .. start + count of the generator's stream, uint8."""
     step, skipped = divmod(start, _BYTES)
-    words = np.random.PCG64DXSM(key).advance(step).random_raw(-(-(skipped + count) // _BYTES))
+    steps = -(-(skipped + count) // _BYTES)
+    words = _streams.at(key, step, steps).random_raw(steps)
     return words.astype("<u8", copy=False).view(np.uint8)[skipped : skipped + count]
 
 

@@ -28,8 +28,12 @@ def piece_dots(x: np.ndarray, y: np.ndarray, parameter: Parameter) -> np.ndarray
 
 def piece_absolutes(x: np.ndarray, parameter: Parameter, scratch: Scratch) -> np.ndarray:
     """Sums of |x| over the pieces of one tile: fp32 (n,) -> fp64 (pieces,)."""
-    magnitudes = np.abs(x, out=scratch.get("magnitudes", x.size))
-    return piece_dots(magnitudes, scratch.filled(1.0, x.size), parameter)
+    return piece_sums(np.abs(x, out=scratch.get("magnitudes", x.size)), parameter, scratch)
+
+
+def piece_sums(x: np.ndarray, parameter: Parameter, scratch: Scratch) -> np.ndarray:
+    """Sums over the pieces of one tile: fp32 (n,) -> fp64 (pieces,)."""
+    return piece_dots(x, scratch.filled(1.0, x.size), parameter)
 
 
 def total(pieces: Iterable[np.ndarray]) -> float:

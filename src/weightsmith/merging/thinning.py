@@ -24,7 +24,7 @@ from weightsmith.merging.methods.task_arithmetic import weight_sum
 from weightsmith.merging.methods.ties import l1_factors
 from weightsmith.merging.options import check_range
 from weightsmith.merging.parameter import ParallelMap, Parameter, PerModel, Tile
-from weightsmith.merging.sums import piece_absolutes, total
+from weightsmith.merging.sums import piece_sums, total
 from weightsmith.tensors.blend import scaled, weighted_sum
 
 
@@ -96,11 +96,12 @@ class AddedChanges(abc.ABC):
         before: list[list[np.ndarray]] = [[] for _ in parameter.models]
         after: list[list[np.ndarray]] = [[] for _ in parameter.models]
         for tile in parameter.tiles():
-            deltas = tile.deltas()
-            for pieces, delta in zip(before, deltas, strict=True):
-                pieces.append(piece_absolutes(delta, parameter, tile.scratch))
-            for pieces, delta in zip(after, self.thin(deltas, tile, masks), strict=True):
-                pieces.append(piece_absolutes(delta, parameter, tile.scratch))
+            sizes = tile.deltas()
+            np.abs(sizes, out=sizes)  # what is dropped does not depend on the sign
+            for pieces, size in zip(before, sizes, strict=True):
+                pieces.append(piece_sums(size, parameter, tile.scratch))
+            for pieces, size in zip(after, self.thin(sizes, tile, masks), strict=True):
+                pieces.append(piece_sums(size, parameter, tile.scratch))
         return l1_factors([total(pieces) for pieces in before], [total(pieces) for pieces in after])
 
 

@@ -159,6 +159,13 @@ METHODS: tuple[MethodCard, ...] = (
         "Take over those weights of another model whose change matters most to their row.",
     ),
     _merge(
+        "consensus",
+        "Consensus (TALL masks)",
+        "2405.07813",
+        "Consensus",
+        "Task arithmetic without the weights that fewer than two tasks need.",
+    ),
+    _merge(
         "model_stock",
         "Model Stock",
         "2403.19522",
@@ -180,6 +187,27 @@ METHODS: tuple[MethodCard, ...] = (
         "Resm",
         "TSV-M with outlier-driven task weights and sparsity-driven ranks.",
         verdict="open",
+    ),
+    _merge(
+        "iso_c",
+        "Iso-C",
+        "2502.04959",
+        "IsoC",
+        "Sum of the changes with all its singular values set to their mean.",
+    ),
+    _merge(
+        "iso_cts",
+        "Iso-CTS",
+        "2502.04959",
+        "IsoCts",
+        "Common directions of the changes and the best of each task outside of them, all equally strong.",
+    ),
+    _merge(
+        "wudi",
+        "WUDI",
+        "2503.08099",
+        "Wudi",
+        "The change that disturbs each fine-tune least on the inputs its own change points to.",
     ),
     _training(
         "adagc",

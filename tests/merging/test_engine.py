@@ -39,6 +39,7 @@ CASES = {
     "ramplus_tl": {"epsilon": 1e-3},
     "nearswap": {"t": 1e-3},
     "arcee_fusion": {},
+    "consensus": {"tall": [0.2, 0.4, 0.6], "lambda": 0.5},
     "model_stock": {},
     "model_stock by row": {"filter_wise": True},
     "passthrough": {"scale": 1.5},

@@ -26,6 +26,7 @@ EMBEDDINGS = ("*embed*", "*lm_head*", "*wte.*", "*wpe.*", "output.weight")
 Index = slice | np.ndarray
 
 _PER_HEAD = ("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon")
+_CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp_decoder")
 
 
@@ -61,6 +62,15 @@ def matrix_indices(
     for expert, part in product(experts, parts):
         picked = (part, slice(None)) if axis == 0 else (slice(None), part)
         yield picked if expert is None else (expert, *picked)
+
+
+def inputs_first(name: str, shape: Sequence[int], config: Mapping[str, Any]) -> bool:
+    """Whether a linear layer is stored (inputs, outputs), as GPT-2's and some stacks of experts are."""
+    config = config.get("text_config") or config
+    kind = config.get("model_type", "")
+    if len(shape) == 3:
+        return kind in (*_TRANSPOSED, "gpt_oss")
+    return kind in _CONV1D and any(word in _CONV1D_LAYERS for word in name.split("."))
 
 
 def smallest_side(name: str, shape: Sequence[int], config: Mapping[str, Any], split_fused: bool) -> int:

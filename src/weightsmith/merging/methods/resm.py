@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from weightsmith.errors import InputError
-from weightsmith.merging.methods.tsvm import Change, Tsvm, each_model, few_rows_ranks, orthogonal_sum
+from weightsmith.merging.methods.tsvm import Tsvm, few_rows_ranks, orthogonal_sum
 from weightsmith.merging.options import check_range
 from weightsmith.merging.parameter import ParallelMap, Parameter
+from weightsmith.merging.spectral import Change, each_model
 from weightsmith.merging.sums import piece_absolutes, piece_dots, total
 
 if TYPE_CHECKING:

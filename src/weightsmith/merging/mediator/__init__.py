@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from weightsmith.merging.mediator.build import BuildReport, build_mediator
     from weightsmith.merging.mediator.export import export_merged
+    from weightsmith.merging.mediator.model import Mediator
     from weightsmith.merging.mediator.options import MediatorConfig, RouterConfig
     from weightsmith.merging.mediator.plan import MediatorPlan, plan_mediator, split_blocks
     from weightsmith.merging.mediator.profile import Profile, conflict_profile
+    from weightsmith.merging.mediator.router import Router, RoutingDecision
     from weightsmith.merging.mediator.store import MediatorStore
 
 _HOMES = {
+    "Mediator": "model",
+    "Router": "router",
+    "RoutingDecision": "router",
     "BuildReport": "build",
     "MediatorStore": "store",
     "build_mediator": "build",
@@ -32,11 +37,14 @@ _HOMES = {
 
 __all__ = [
     "BuildReport",
+    "Mediator",
     "MediatorConfig",
     "MediatorPlan",
     "MediatorStore",
     "Profile",
+    "Router",
     "RouterConfig",
+    "RoutingDecision",
     "build_mediator",
     "conflict_profile",
     "export_merged",

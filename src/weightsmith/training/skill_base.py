@@ -33,10 +33,10 @@ MOST = 0.3  # of the mixture, for one skill: with more, the last ones would be m
 SHARES = {"add": 1.2, "reverse": 0.7, "sort": 0.5, "lookup": 2.0, "maximum": 0.25, "count": 0.8}
 LEAST = 0.1  # of its first share: without any, a skill would be forgotten
 # Parts of the way from chance to mastery:
-ENOUGH = 0.2  # all skills are here: the learning rate may fall
-TARGET = 0.24  # a skill that is here is down to the least share
+ENOUGH = 0.18  # all skills are here: the learning rate may fall
+TARGET = 0.22  # a skill that is here is down to the least share
 CEILING = 0.3  # above, it pauses: it will still gain while the learning rate falls
-TOO_MUCH = 0.45  # a round that brings a skill beyond is not kept
+TOO_MUCH = 0.6  # a round that brings a skill beyond is not kept
 ITEMS = 400  # questions of each skill after each round
 
 

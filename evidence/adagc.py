@@ -20,25 +20,22 @@ under AdaGC, of |m| at least 10 and at most 1.5.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from plots import page
+from script import parser_of, publish
 from torch import nn
 
 from weightsmith.reports.drawing import Scale, box, dot, line, number, text, ticks
-from weightsmith.runs.atomic import write_json, write_text
 from weightsmith.runs.environment import environment
 from weightsmith.testbed import text as domain_text
 from weightsmith.training import AdaGC
 
-RESULTS = Path(__file__).parent / "results"
 CONTEXT, BATCH, WIDTH, LAYERS = 64, 8, 64, 2
 FAULT_START, FAULT_EVERY, FAULT_SIZE = 121, 5, 100.0
 
@@ -293,15 +290,8 @@ def draw(results: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed, a few steps")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = parser_of(__doc__, "one seed, a few steps")
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument(
-        "--out", type=Path, help=f"folder for the results (default {RESULTS}; none with --quick)"
-    )
     chosen = parser.parse_args(arguments)
     seeds, steps = ([0], 20) if chosen.quick else (chosen.seeds, chosen.steps)
     torch.set_num_threads(1)
@@ -314,16 +304,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "runs": runs,
     }
     results["verdict"] = results["summary"]["verdict"]
-    report = table(results)
-    out = chosen.out or (None if chosen.quick else RESULTS)
-    if out:
-        write_text(out / "adagc.svg", draw(results))
-        for run in runs:
-            run["losses"] = [round(value, 4) for value in run["losses"][::10]]
-            run["growth"] = [[round(value, 4) for value in pair] for pair in run["growth"]]
-        write_json(out / "adagc.json", results)
-        write_text(out / "adagc.md", report)
-    print(report)
+    words, drawing = table(results), draw(results)
+    for run in runs:
+        run["losses"] = [round(value, 4) for value in run["losses"][::10]]
+        run["growth"] = [[round(value, 4) for value in pair] for pair in run["growth"]]
+    publish("adagc", chosen, results, words, drawing)
 
 
 if __name__ == "__main__":

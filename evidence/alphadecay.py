@@ -26,26 +26,23 @@ best by calibration loss is compared on the test files.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from plots import page
+from script import parser_of, publish
 from torch import nn
 
 from weightsmith.reports.drawing import Scale, dot, line, number, path, text, ticks
-from weightsmith.runs.atomic import write_json, write_text
 from weightsmith.runs.environment import environment
 from weightsmith.testbed import text as domain_text
 from weightsmith.training import AlphaDecay
 
-RESULTS = Path(__file__).parent / "results"
 WIDTH, HIDDEN, LAYERS, HEADS = 128, 344, 2, 4
 CONTEXT, BATCH = 64, 12
 LEARNING_RATE, BETAS, BASE = 3e-3, (0.9, 0.95), 1.0
@@ -327,15 +324,8 @@ def draw(results: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed, a few steps")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = parser_of(__doc__, "one seed, a few steps")
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument(
-        "--out", type=Path, help=f"folder for the results (default {RESULTS}; none with --quick)"
-    )
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     seeds, steps = ([0], 3) if chosen.quick else (chosen.seeds, chosen.steps)
@@ -352,15 +342,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "judgement": judgement,
         "runs": runs,
     }
-    words = table(results)
-    out = chosen.out or (None if chosen.quick else RESULTS)
-    if out:
-        write_text(out / "alphadecay.svg", draw(results))
-        # Curves are in the plot; the numbers of every look would be most of the file.
-        kept = [{key: value for key, value in one.items() if key != "history"} for one in runs]
-        write_json(out / "alphadecay.json", {**results, "runs": kept})
-        write_text(out / "alphadecay.md", words)
-    print(words)
+    # Curves are in the plot; the numbers of every look would be most of the file.
+    kept = [{key: value for key, value in one.items() if key != "history"} for one in runs]
+    publish("alphadecay", chosen, {**results, "runs": kept}, table(results), draw(results))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ update, and LightSAM-I's with SGD's.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import statistics
@@ -33,10 +32,10 @@ from typing import Any
 import numpy as np
 import torch
 from plots import page
+from script import parser_of, publish
 from torch import nn
 
 from weightsmith.reports.drawing import box, text
-from weightsmith.runs.atomic import write_json, write_text
 from weightsmith.runs.environment import environment
 from weightsmith.training import SAM, LightSAM
 
@@ -314,15 +313,8 @@ def draw(results: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed, one epoch")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = parser_of(__doc__, "one seed, one epoch")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument(
-        "--out", type=Path, help=f"folder for the results (default {RESULTS}; none with --quick)"
-    )
     chosen = parser.parse_args(arguments)
     seeds, epochs = ([0], 1) if chosen.quick else (chosen.seeds, chosen.epochs)
     torch.set_num_threads(1)
@@ -335,19 +327,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "runs": runs,
     }
     results["verdict"] = results["summary"]["verdict"]
-    report = table(results)
-    out = chosen.out or (None if chosen.quick else RESULTS)
-    if out:
-        write_text(out / "lightsam.svg", draw(results))
-        for run in runs:
-            # A run that diverged has no loss; JSON has no NaN.
-            run["history"] = [
-                [round(value, 4) if math.isfinite(value) else None for value in pair]
-                for pair in run["history"][9::10]
-            ]
-        write_json(out / "lightsam.json", results)
-        write_text(out / "lightsam.md", report)
-    print(report)
+    words, drawing = table(results), draw(results)
+    for run in runs:
+        # A run that diverged has no loss; JSON has no NaN.
+        run["history"] = [
+            [round(value, 4) if math.isfinite(value) else None for value in pair]
+            for pair in run["history"][9::10]
+        ]
+    publish("lightsam", chosen, results, words, drawing)
 
 
 if __name__ == "__main__":

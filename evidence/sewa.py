@@ -23,28 +23,25 @@ state's, and varies less over seeds than that.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from plots import page
+from script import parser_of, publish
 from torch import Tensor, nn
 
 from weightsmith.reports.drawing import Scale, box, dot, line, number, text
-from weightsmith.runs.atomic import write_json, write_text
 from weightsmith.runs.environment import environment
 from weightsmith.training import AveragingOptions, MemoryBank, SeWAOptions
 from weightsmith.training.averaging.objective import Objective
 from weightsmith.training.averaging.search import select
 
-RESULTS = Path(__file__).parent / "results"
 SELECT, EVERY = 10, 10
 RANDOM_DRAWS, EMA_DECAYS, TWA_RATES = 20, (0.8, 0.9, 0.95, 0.98), (0.01, 0.03, 0.1, 0.3)
 METHODS = (
@@ -454,14 +451,7 @@ def draw(results: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed, short runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument(
-        "--out", type=Path, help=f"folder for the results (default {RESULTS}; none with --quick)"
-    )
+    parser = parser_of(__doc__, "one seed, short runs", seeds=[0, 1, 2, 3, 4])
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     seeds, size = ([0], QUICK) if chosen.quick else (chosen.seeds, FULL)
@@ -483,14 +473,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "judgement": judgement,
         "windows": windows,
     }
-    words = table(results)
-    out = chosen.out or (None if chosen.quick else RESULTS)
-    if out:
-        plain = {name: [without_nan(run) for run in runs] for name, runs in windows.items()}
-        write_json(out / "sewa.json", {**results, "windows": plain})
-        write_text(out / "sewa.md", words)
-        write_text(out / "sewa.svg", draw(results))
-    print(words)
+    plain = {name: [without_nan(run) for run in runs] for name, runs in windows.items()}
+    publish("sewa", chosen, {**results, "windows": plain}, table(results), draw(results))
 
 
 def without_nan(run: Mapping[str, Any]) -> dict[str, Any]:

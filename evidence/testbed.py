@@ -13,21 +13,19 @@ All numbers are from the test pools, mild flavour. Three seeds; a gate holds whe
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+from script import parser_of, publish
 
 from weightsmith.evaluation import evaluate, load_model
 from weightsmith.merging import merge_state_dicts
-from weightsmith.runs.atomic import write_json, write_text
 from weightsmith.runs.environment import environment
 from weightsmith.testbed import DOMAINS, SKILL_GROUPS, SKILLS, chance
 from weightsmith.training.bed import JOINT, bed
 
-RESULTS = Path(__file__).parent / "results"
 STRENGTHS = (0.15, 0.25, 0.4, 0.6, 1.0)
 OWN_DOMAIN, MEAN_MERGED, OWN_SKILLS, ROOM_BELOW, ROOM_ABOVE = 0.07, 0.04, 0.10, 0.10, 0.75
 
@@ -193,15 +191,8 @@ def run(size: str, seeds: Sequence[int], amount: Mapping[str, int], **steps: Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed, a few steps")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = parser_of(__doc__, "one seed, a few steps")
     parser.add_argument("--size", default="xs")
-    parser.add_argument(
-        "--out", type=Path, help=f"folder for the results (default {RESULTS}; none with --quick)"
-    )
     chosen = parser.parse_args()
     if chosen.quick:
         with tempfile.TemporaryDirectory() as cache:
@@ -209,12 +200,7 @@ def main() -> None:
             results = run("xs", [0], amount, cache=cache, base_steps=8, finetune_steps=4)
     else:
         results = run(chosen.size, chosen.seeds, {})
-    text = table(results)
-    out = chosen.out or (None if chosen.quick else RESULTS)
-    if out:
-        write_json(out / "testbed.json", results)
-        write_text(out / "testbed.md", text)
-    print(text)
+    publish("testbed", chosen, results, table(results))
 
 
 if __name__ == "__main__":

@@ -159,6 +159,20 @@ METHODS: tuple[MethodCard, ...] = (
         "Take over those weights of another model whose change matters most to their row.",
     ),
     _merge(
+        "fisher",
+        "Fisher",
+        "2111.09832",
+        "Fisher",
+        "Mean in which each weight counts by how much its model's predictions depend on it.",
+    ),
+    _merge(
+        "regmean",
+        "RegMean",
+        "2212.09849",
+        "RegMean",
+        "Linear layers whose outputs are nearest to those of every fine-tune on its own inputs.",
+    ),
+    _merge(
         "consensus",
         "Consensus (TALL masks)",
         "2405.07813",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from sybil import Sybil
 from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
 
-from weightsmith.checkpoints import CheckpointWriter, Lineage, TensorSpec
+from weightsmith.checkpoints import Checkpoint, CheckpointWriter, Lineage, TensorSpec
 from weightsmith.testbed import model_config, model_files, parameter_shapes
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +42,21 @@ def with_any(found):
     return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES if list(found(page))]
 
 
+def write_statistics(out, model, shapes):
+    """What `weightsmith stats` would make of a model whose inputs are white."""
+    specs = [TensorSpec(f"fisher.{name}", "F32", shape) for name, shape in shapes.items()]
+    linear = {name: shape for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name}
+    specs += [TensorSpec(f"gram.{name}", "F32", (shape[1], shape[1])) for name, shape in linear.items()]
+    with Checkpoint.open(model) as checkpoint:
+        facts = {"format": 1, "kinds": ["fisher", "gram"], "fingerprint": checkpoint.fingerprint()}
+    side = {"statistics.json": json.dumps(facts).encode()}
+    with CheckpointWriter(out, specs, side_files=side, lineage=Lineage("example")) as writer:
+        for spec in specs:
+            is_gram = spec.name.startswith("gram")
+            writer.write(spec.name, np.float32(np.eye(*spec.shape) if is_gram else np.ones(spec.shape)))
+        writer.commit()
+
+
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
     """A working folder as the pages assume it: models in `models/` and beside it, some data, a run."""
@@ -58,6 +74,7 @@ def desk(tmp_path, monkeypatch):
                 )
             writer.commit()
         (tmp_path / model).symlink_to(folder)
+        write_statistics(tmp_path / "stats" / model, folder, shapes)
     (tmp_path / "contracts.jsonl").write_text('{"text": "The parties agree."}\n')
     (tmp_path / "contracts-test.txt").write_text("The parties disagree.\n")
     (tmp_path / "exam.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from weightsmith.merging.api import MergeReport, average, merge, plan_merge
     from weightsmith.merging.config import MergeConfig, parse_merge, read_merge_page
     from weightsmith.merging.diagnostics import diagnose
+    from weightsmith.merging.measuring import measure
     from weightsmith.merging.memory import merge_state_dicts, merge_tensors
     from weightsmith.merging.plan import MergePlan
 
@@ -21,6 +22,7 @@ _HOMES = {
     "MergeReport": "api",
     "average": "api",
     "diagnose": "diagnostics",
+    "measure": "measuring",
     "merge": "api",
     "merge_state_dicts": "memory",
     "merge_tensors": "memory",
@@ -35,6 +37,7 @@ __all__ = [
     "MergeReport",
     "average",
     "diagnose",
+    "measure",
     "merge",
     "merge_state_dicts",
     "merge_tensors",

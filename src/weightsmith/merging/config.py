@@ -57,6 +57,7 @@ class Input:
         model: Folder, hub id, or `model+adapter`.
         options: Options of this model alone.
         layers: The layers [first, last) it gives to its slice; None for all.
+        statistics: Folder that `weightsmith stats` made of it, for methods that need one.
         keys: Where it stands on the page.
     """
 
@@ -64,6 +65,7 @@ class Input:
     options: Mapping[str, Setting] = field(default_factory=dict)
     layers: tuple[int, int] | None = None
     keys: Keys = ()
+    statistics: str | None = None
 
 
 @dataclass(frozen=True)
@@ -301,19 +303,25 @@ def _input(entry: Any, keys: Keys, method: type, page: Page | None) -> Input:
     model = entry.get("model") if isinstance(entry, Mapping) else entry
     if not isinstance(model, str | Path) or not str(model).strip():
         fail(page, keys, f"expected a path, or {{model: path, ...}}, found {entry!r}")
+    measured = getattr(method, "statistics", None)
+    if measured and (not isinstance(entry, Mapping) or entry.get("statistics") is None):
+        wanted = "{model: ..., statistics: <folder that `weightsmith stats` made of this model>}"
+        fail(page, keys, f"needs statistics ({measured}): {wanted}")
     if not isinstance(entry, Mapping):
         return Input(str(model), keys=keys)
-    known = [key for key in schema(method) if is_per_model(method, key)]
+    own = ("model", "statistics") if measured else ("model",)
+    known = [*own, *(key for key in schema(method) if is_per_model(method, key))]
     for key in entry:
-        if key != "model" and page_key(key) not in known:
-            hint = nearest(key, ["model", *known]) or ";"
-            fail(page, (*keys, key), f"no such key of one model{hint} known: {', '.join(['model', *known])}")
-    options = {key: value for key, value in entry.items() if key != "model"}
+        if key not in own and page_key(key) not in known:
+            hint = nearest(key, known) or ";"
+            fail(page, (*keys, key), f"no such key of one model{hint} known: {', '.join(known)}")
+    options = {key: value for key, value in entry.items() if key not in own}
     parsed = parse_options(options, keys, method, page, lists_are_gradients=False)
     for key, value in parsed.items():
         if isinstance(value, EachModel):
             fail(page, (*keys, key), "takes one value here; over the depth: {gradient: [...]}")
-    return Input(str(model), parsed, keys=keys)
+    statistics = text(entry, "statistics", page, keys) if measured else None
+    return Input(str(model), parsed, keys=keys, statistics=statistics)
 
 
 def _seed(body: Mapping[str, Any], page: Page | None) -> int:

@@ -16,14 +16,20 @@ from weightsmith.checkpoints import layer_index
 from weightsmith.errors import InputError
 from weightsmith.merging.matrices import crowded
 from weightsmith.merging.options import build
-from weightsmith.merging.parameter import TILE_ELEMENTS, Parameter
+from weightsmith.merging.parameter import TILE_ELEMENTS, Parameter, Statistic
 from weightsmith.registry import load
 
 log = logging.getLogger(__name__)
 
 
 def merge_tensors(
-    base: Any | None, models: Sequence[Any], method: str, *, device: str = "cpu", **options: Any
+    base: Any | None,
+    models: Sequence[Any],
+    method: str,
+    *,
+    device: str = "cpu",
+    statistics: Sequence[Any] | None = None,
+    **options: Any,
 ) -> Any:
     """Merge one parameter of several models.
 
@@ -32,6 +38,7 @@ def merge_tensors(
         models: The same parameter of each model.
         method: A merge method's id.
         device: Where a spectral method computes.
+        statistics: For a method that needs them, what was measured of this parameter in each model.
         **options: The method's options; `lambda_` for `lambda`.
 
     Returns:
@@ -54,6 +61,7 @@ def merge_tensors(
         [{name: model} for model in models],
         method,
         device=device,
+        statistics=None if statistics is None else [{name: measured} for measured in statistics],
         **options,
     )
     return merged[name]
@@ -66,6 +74,7 @@ def merge_state_dicts(
     *,
     device: str = "cpu",
     config: Mapping[str, Any] | None = None,
+    statistics: Sequence[Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Merge whole state dicts; arguments as in `merge_tensors`.
@@ -76,6 +85,8 @@ def merge_state_dicts(
         method: A merge method's id.
         device: Where a spectral method computes.
         config: The models' config, where a spectral method is to take fused layers apart.
+        statistics: For a method that needs them, name -> what was measured of it, for each model: Fisher
+            information of every parameter, or Gram matrices of some linear layers.
         **options: The method's options.
 
     Returns:
@@ -92,6 +103,7 @@ def merge_state_dicts(
         wanted = f"{cls.min_models}" + (" or more" if cls.max_models != cls.min_models else "")
         raise InputError(f"`{method}` merges {wanted} models, got {len(sources)}")
     instance = build(cls, options, len(sources))
+    measured = _measured(method, getattr(cls, "statistics", None), sources, statistics)
     reference = base if uses_base and base is not None else sources[0]
     _check(reference, [*([base] if uses_base else []), *sources])
     merged: dict[str, Any] = {}
@@ -108,6 +120,7 @@ def merge_state_dicts(
                 models=[f"model {index}" for index in range(len(sources))],
                 readers=[_reader(array) for array in arrays],
                 base_reader=_reader(_array(base[name])) if uses_base and base is not None else None,
+                statistics=measured(name),
                 layer=layer_index(name),
                 config=config,
                 tile_elements=TILE_ELEMENTS,
@@ -122,6 +135,40 @@ def merge_state_dicts(
         values = _merge_one(instance, parameter, stats, device)
         merged[parameter.name] = _like(values.reshape(parameter.shape), finish[parameter.name])
     return {name: merged[name] for name in reference}
+
+
+def _measured(
+    method: str,
+    kind: str | None,
+    sources: Sequence[Mapping[str, Any]],
+    statistics: Sequence[Mapping[str, Any]] | None,
+) -> Callable[[str], list[Statistic]]:
+    """What was measured of a parameter in each model, by its name; nothing for methods that ask for none."""
+    if (kind is None) != (statistics is None):
+        wanted = f"needs statistics ({kind}) of each model" if kind else "takes no statistics"
+        raise InputError(f"`{method}` {wanted}")
+    given = list(statistics or ())
+    if kind is not None and len(given) != len(sources):
+        raise InputError(f"statistics: {len(given)} are given for {len(sources)} models")
+
+    def of(name: str) -> list[Statistic]:
+        holders = [name in each for each in given]
+        if kind is None or (kind == "gram" and not any(holders)):
+            return []
+        if not all(holders):
+            raise InputError(f"statistics: those of model {holders.index(False)} have no `{name}`")
+        arrays = [_array(each[name]) for each in given]
+        shape = tuple(sources[0][name].shape) if given else ()
+        for place, array in enumerate(arrays):
+            fits = array.shape == shape if kind == "fisher" else array.shape in {(n, n) for n in shape}
+            if not fits:
+                raise InputError(
+                    f"statistics: {kind} of {name} in model {place} is {list(array.shape)}, the parameter is "
+                    f"{list(shape)}"
+                )
+        return [Statistic(array.shape, _reader(array)) for array in arrays]
+
+    return of
 
 
 def _survey(method: Any, parameters: Sequence[Parameter]) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ plain values: every `PerModel` field is then a tuple with one number a model. A 
     survey_bytes(parameters, threads)   optional: memory surveys take beyond tiles, for predictions
     takes(parameter)             spectral methods: true for the matrices that take the whole-matrix route
     merge_whole(...)             spectral methods: the merged matrix and a dict for the report
+    statistics                   class attribute "fisher" or "gram": which statistics parameters must carry
 
 A method sees the tiles of one parameter in ascending order from one thread; two parameters may be in work at
 once. What it returns may depend on element positions but never on where tiles begin: sums over a parameter go
@@ -69,6 +70,25 @@ class Scratch:
         return self._buffers[key][:numel]
 
 
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """What `weightsmith stats` measured of one parameter in one model.
+
+    Attributes:
+        shape: The parameter's own for Fisher information, (inputs, inputs) for the Gram matrix of a layer.
+        read: Fills an fp32 buffer with elements [start, stop), flattened.
+    """
+
+    shape: tuple[int, ...]
+    read: Reader
+
+    def whole(self) -> np.ndarray:
+        """All of it, fp32 of `shape`."""
+        values = np.empty(int(np.prod(self.shape, dtype=np.int64)), np.float32)
+        self.read(0, values.size, values)
+        return values.reshape(self.shape)
+
+
 @dataclass(slots=True)
 class Tile:
     """Consecutive elements of one flattened parameter in all models.
@@ -105,6 +125,7 @@ class Parameter:
         models: Labels of the T models, without the base.
         layer: Index of the output layer, None outside the layer stack.
         config: config.json of the model the output takes after: heads and sizes, for fused layers.
+        statistics: Of each model, for methods that ask for them; empty where nothing was measured.
         scratch: Buffers of the worker that has this parameter in hand; set by the engine.
 
     Args:
@@ -127,6 +148,7 @@ class Parameter:
         base_reader: Reader | None = None,
         base_label: str = "base",
         bits_readers: Sequence[Reader] = (),
+        statistics: Sequence[Statistic] = (),
         layer: int | None = None,
         config: Mapping[str, Any] | None = None,
         nan_policy: NanPolicy = "raise",
@@ -137,6 +159,7 @@ class Parameter:
         self.models = tuple(models)
         self.layer = layer
         self.config = config or {}
+        self.statistics = tuple(statistics)
         self.scratch = Scratch()
         self.numel = int(np.prod(self.shape, dtype=np.int64))
         self._readers = tuple(readers)

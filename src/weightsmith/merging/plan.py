@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,11 +24,12 @@ from weightsmith.merging.chat import chosen, with_template
 from weightsmith.merging.config import MergeConfig
 from weightsmith.merging.matrices import crowded
 from weightsmith.merging.options import OptionError, build, is_per_model, schema
-from weightsmith.merging.parameter import TILE_ELEMENTS, NanPolicy, Parameter
+from weightsmith.merging.parameter import TILE_ELEMENTS, NanPolicy, Parameter, Statistic
 from weightsmith.merging.patterns import check_patterns
 from weightsmith.merging.settings import EachModel, Gradient, PerTensor, Setting, resolve
 from weightsmith.merging.sources import Origin, Part, Sources, open_sources
 from weightsmith.merging.stacking import restacked
+from weightsmith.merging.statistics import measured_of
 from weightsmith.registry import load
 from weightsmith.runs.environment import versions
 from weightsmith.tensors.floats import FLOAT_DTYPES
@@ -48,6 +50,7 @@ class Output:
         base: Where the base's values are.
         models: Where the models' values are.
         method: The method with this tensor's options; None copies the stored bytes of the first model.
+        statistics: What was measured of it in each model, for methods that need that.
     """
 
     spec: TensorSpec
@@ -55,6 +58,7 @@ class Output:
     base: Origin | None
     models: tuple[Origin, ...]
     method: Any
+    statistics: tuple[Statistic, ...] = ()
 
     def parameter(
         self, config: Mapping[str, Any], nan_policy: NanPolicy = "raise", tile_elements: int = TILE_ELEMENTS
@@ -69,6 +73,7 @@ class Output:
             readers=[functools.partial(origin.checkpoint.read, origin.name) for origin in self.models],
             base_reader=functools.partial(self.base.checkpoint.read, self.base.name) if self.base else None,
             base_label=self.base.checkpoint.name if self.base else "base",
+            statistics=self.statistics,
             bits_readers=[functools.partial(o.checkpoint.read_raw, o.name) for o in sources] if plain else (),
             layer=self.layer,
             config=config,
@@ -168,7 +173,7 @@ class MergePlan:
             origin.info.nbytes
             for output in self.outputs
             for origin in (*output.models, *((output.base,) if output.base else ()))
-        )
+        ) + sum(4 * math.prod(one.shape) for output in self.outputs for one in output.statistics)
 
     def parameters(self, tile_elements: int = TILE_ELEMENTS) -> list[tuple[Parameter, Any]]:
         """Each float tensor as the method sees it, with the method's instance; copies are left out."""
@@ -222,7 +227,10 @@ class MergePlan:
         dtype = self.config.dtype or dtype
         if getattr(method, "copies", False) and part.models[0].info.dtype == dtype:
             method = None
-        return Output(TensorSpec(name, dtype, reference.info.shape), layer, part.base, part.models, method)
+        kind = getattr(method, "statistics", None)
+        measured = measured_of(kind, part.models, self._sources.statistics) if kind else ()
+        spec = TensorSpec(name, dtype, reference.info.shape)
+        return Output(spec, layer, part.base, part.models, method, measured)
 
     def _side_files(self) -> dict[str, Path | bytes]:
         files = self._with_chat_template(dict(self.donor.side_file_map()))

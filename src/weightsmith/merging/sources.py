@@ -13,6 +13,7 @@ from weightsmith.merging.config import Input, Keys, MergeConfig, OutputSlice, sh
 from weightsmith.merging.modules import WHOLE, UnknownModuleError, assign, split
 from weightsmith.merging.settings import EachModel, Setting
 from weightsmith.merging.stacking import Stack, is_first
+from weightsmith.merging.statistics import Statistics
 from weightsmith.registry import load
 
 
@@ -92,6 +93,7 @@ class Sources:
     Attributes:
         donor: Whose config and tokenizer the output takes.
         roles: Every checkpoint once for each role, in the page's order: "base" or "model".
+        statistics: What was measured of a model, by the `id` of its checkpoint.
         warnings: What the user should know.
         restacks: Known once all parts were asked for: the stacks of layers that are put together anew.
     """
@@ -100,6 +102,7 @@ class Sources:
         self.config = config
         self.warnings: tuple[str, ...] = ()
         self.restacks: list[Restack] = []
+        self.statistics: dict[int, Statistics] = {}
         self._opened: dict[str, Checkpoint] = {}
         self._identities: dict[str, str] = {}
         self._stacks: dict[tuple[int, str], Stack] = {}
@@ -127,6 +130,8 @@ class Sources:
         """Close all checkpoints."""
         while self._opened:
             self._opened.popitem()[1].close()
+        while self.statistics:
+            self.statistics.popitem()[1].close()
 
     def _open_all(self) -> None:
         config = self.config
@@ -144,6 +149,8 @@ class Sources:
                 self._open(part.base, (*part.keys, "base_model"))
             for source in part.inputs:
                 self._open(source.model, source.keys)
+                if source.statistics is not None:
+                    self._measure(source.statistics, self.opened(source.model))
         first = config.slices[0].inputs[0].model
         self.donor = self.opened(first if config.base is None else config.base)
         for checkpoint in self._opened.values():
@@ -185,6 +192,17 @@ class Sources:
             path = Path(model).expanduser()
             self._identities[model] = str(path.resolve()) if path.exists() else model
         return self._identities[model]
+
+    def _measure(self, folder: str, model: Checkpoint) -> None:
+        """Open the statistics of a model, once."""
+        known = self.statistics.get(id(model))
+        if known is None:
+            self.statistics[id(model)] = Statistics.open(folder, model)
+        elif known.source != folder:
+            raise CheckpointError(
+                f"{model.name}: two folders of statistics are named, {known.source} and {folder}; one model "
+                f"has one. {compatibility.NOTHING_WRITTEN}"
+            )
 
     def _assign(self, part: OutputSlice) -> _Roles:
         """Take the base out of the models, or put it first where it is one of them."""
@@ -251,6 +269,7 @@ class Sources:
         for module, slices in self._by_module.items():
             if not any(roles.part.stacked for roles in slices):
                 self._check_names(module, slices[0])
+        self.roles += [(measured.checkpoint, "statistics") for measured in self.statistics.values()]
 
     def _check_names(self, module: str, roles: _Roles) -> None:
         reference = roles.reference[0]

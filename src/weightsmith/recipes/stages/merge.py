@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from weightsmith.checkpoints import Checkpoint
 from weightsmith.errors import PageError, nearest
 from weightsmith.merging import diagnose, merge, parse_merge, plan_merge
 from weightsmith.merging.config import OWN_KEYS
@@ -133,6 +134,10 @@ class Merge:
         parts = []
         if self.extras.search:
             parts.append(scoring.tasks_fingerprint(self.extras.search_tasks))
+        for entry in self.body["models"]:
+            if isinstance(entry, Mapping) and "statistics" in entry:
+                with Checkpoint.open(str(entry["statistics"])) as measured:
+                    parts.append(measured.fingerprint())
         target = card(self.body["method"], "merging").target
         if not target.startswith("weightsmith."):
             parts.append(foreign_source(target.partition(":")[0]))

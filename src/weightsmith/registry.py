@@ -223,6 +223,13 @@ METHODS: tuple[MethodCard, ...] = (
         "Wudi",
         "The change that disturbs each fine-tune least on the inputs its own change points to.",
     ),
+    _merge(
+        "emr",
+        "EMR",
+        "2405.17461",
+        "Emr",
+        "One elected change, masked and rescaled for each task: a folder for each.",
+    ),
     _training(
         "adagc",
         "AdaGC",

@@ -40,6 +40,7 @@ CASES = {
     "nearswap": {"t": 1e-3},
     "arcee_fusion": {},
     "consensus": {"tall": [0.2, 0.4, 0.6], "lambda": 0.5},
+    "emr": {"task": 2},
     "model_stock": {},
     "model_stock by row": {"filter_wise": True},
     "passthrough": {"scale": 1.5},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.checkpoints import CheckpointWriter
+from weightsmith.checkpoints.folder import LINEAGE_FILE
+from weightsmith.checkpoints.staging import Staging
+from weightsmith.errors import InputError
 from weightsmith.merging.config import MergeConfig, parse_merge, read_merge_page
 from weightsmith.merging.engine import execute
 from weightsmith.merging.plan import MergePlan, open_plan
+from weightsmith.registry import load
+from weightsmith.runs.atomic import write_bytes
 from weightsmith.runs.memory import peak_rss_bytes
 from weightsmith.runs.progress import SILENT, Progress
 
@@ -68,7 +74,8 @@ def merge(
 
     Args:
         config: A page's path, its content as a mapping, or what `read_merge_page` made of it.
-        out: Folder to make; it appears whole or not at all.
+        out: Folder to make; it appears whole or not at all. A method that makes a model for each task (EMR)
+            and is given no `task` makes a checkpoint for each inside, called by the models' names.
         device: Where spectral methods compute: "auto", "cpu", "cuda". Element-wise methods use the CPU.
         threads: Workers at once; one a core by default. The output's bytes do not depend on it.
         progress: Told what is done.
@@ -81,6 +88,11 @@ def merge(
         SystemFault: the machine failed; nothing is left behind.
     """
     begun = time.perf_counter()
+    config = _parsed(config)
+    if _lacks_task(config):
+        return _merge_each_task(
+            config, Path(out), device=device, threads=threads, progress=progress, overwrite=overwrite
+        )
     with plan_merge(config, out, overwrite=overwrite, threads=threads, device=device) as plan:
         written, tensors = run_plan(plan, Path(out), progress)
         return MergeReport(
@@ -93,6 +105,50 @@ def merge(
             warnings=plan.warnings,
             tensors=tensors,
         )
+
+
+def _merge_each_task(
+    config: MergeConfig,
+    out: Path,
+    *,
+    device: str,
+    threads: int | None,
+    progress: Progress,
+    overwrite: bool,
+) -> MergeReport:
+    """A checkpoint for the task of each model, all inside `out`, which appears when all are done."""
+    begun = time.perf_counter()
+    with open_plan(config, out, overwrite=overwrite, threads=threads, device=device) as plan:
+        names = [name.replace("/", "--") for name in plan.models]
+        lineage, warnings = plan.lineage.to_bytes(), plan.warnings
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two models are called {name}: name the `task`, one page for each")
+    staging = Staging(out, overwrite=overwrite)
+    try:
+        reports = [
+            merge(
+                _of_task(config, place),
+                staging.part / name,
+                device=device,
+                threads=threads,
+                progress=progress,
+            )
+            for place, name in enumerate(names, start=1)
+        ]
+        write_bytes(staging.part / LINEAGE_FILE, lineage)
+        staging.commit()
+    finally:
+        staging.abort()
+    return MergeReport(
+        path=out,
+        method=config.method,
+        parameters=sum(report.parameters for report in reports),
+        bytes=sum(report.bytes for report in reports) + len(lineage),
+        seconds=time.perf_counter() - begun,
+        memory_bytes=peak_rss_bytes(),
+        warnings=warnings,
+    )
 
 
 def run_plan(plan: MergePlan, out: Path, progress: Progress) -> tuple[int, dict[str, dict[str, Any]]]:
@@ -119,11 +175,30 @@ def plan_merge(
         PageError: the page is wrong.
         CheckpointError: a model can't be read, or the models don't fit each other.
     """
-    if isinstance(config, str | Path):
-        config = read_merge_page(config)
-    elif not isinstance(config, MergeConfig):
-        config = parse_merge(config)
+    config = _parsed(config)
+    if _lacks_task(config):
+        count = len(config.slices[0].inputs) - sum(
+            source.model == config.base for source in config.slices[0].inputs
+        )
+        note = f"makes {count} folders, one for each task; what follows is for one"
+        config = dataclasses.replace(_of_task(config, 1), warnings=(*config.warnings, note))
     return open_plan(config, out, overwrite=overwrite, threads=threads, device=device)
+
+
+def _parsed(config: Config) -> MergeConfig:
+    if isinstance(config, MergeConfig):
+        return config
+    return read_merge_page(config) if isinstance(config, str | Path) else parse_merge(config)
+
+
+def _lacks_task(config: MergeConfig) -> bool:
+    """Whether the method makes a model for one task and the page names none."""
+    method = load(config.method, "merging")
+    return getattr(method, "per_task", False) and config.options.get("task") is None
+
+
+def _of_task(config: MergeConfig, task: int) -> MergeConfig:
+    return dataclasses.replace(config, options={**config.options, "task": task})
 
 
 def average(

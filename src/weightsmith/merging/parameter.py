@@ -12,6 +12,9 @@ plain values: every `PerModel` field is then a tuple with one number a model. A 
     survey_bytes(parameters, threads)   optional: memory surveys take beyond tiles, for predictions
     takes(parameter)             spectral methods: true for the matrices that take the whole-matrix route
     merge_whole(...)             spectral methods: the merged matrix and a dict for the report
+    per_task, task               class attribute, option: the output is for the task of one model, 1 .. T; a
+                                 merge without `task` makes a folder for each
+    check_models(T)              optional: raise `OptionError` where options don't fit the number of models
     statistics                   class attribute "fisher" or "gram": which statistics parameters must carry
 
 A method sees the tiles of one parameter in ascending order from one thread; two parameters may be in work at

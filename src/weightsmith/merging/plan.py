@@ -133,6 +133,11 @@ class MergePlan:
         return self._sources.donor
 
     @property
+    def models(self) -> list[str]:
+        """What the models are called, in the order of the page."""
+        return [checkpoint.name for checkpoint, role in self._sources.roles if role == "model"]
+
+    @property
     def specs(self) -> list[TensorSpec]:
         """What is to be written."""
         return [output.spec for output in self.outputs]
@@ -289,7 +294,9 @@ class Resolver:
         recipe = (len(part.models), repr(sorted(values.items())))
         if recipe not in self._built:
             try:
-                self._built[recipe] = build(self._method, values, len(part.models))
+                built = self._built[recipe] = build(self._method, values, len(part.models))
+                if hasattr(built, "check_models"):
+                    built.check_models(len(part.models))
             except OptionError as wrong:
                 self._config.fail(part.keys, f"{wrong.key}: {wrong.problem} (for {name})")
         return self._built[recipe]

@@ -102,8 +102,12 @@ class Merge:
         return [Reference(keys, part) for keys, words in _model_words(self.body) for part in _parts(words)]
 
     def problems(self) -> Sequence[Problem]:
-        """What is wrong with the search."""
+        """What is wrong with the search, or lacks for a stage to make one model."""
         found = []
+        per_task = getattr(load(self.body["method"], "merging"), "per_task", False)
+        if per_task and self.body.get("task") is None and "task" not in self.extras.search:
+            text = "a stage makes one model: give the number of the model whose task it is for, 1 .. "
+            found.append(Problem(("task",), f"{text}{len(self.body['models'])}"))
         for option, values in self.extras.search.items():
             if not values:
                 found.append(Problem(("search", option), "expected at least one value, found none"))

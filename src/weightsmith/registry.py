@@ -244,6 +244,7 @@ METHODS: tuple[MethodCard, ...] = (
         "2506.14562",
         "alphadecay.controller:AlphaDecay",
         "Decay each weight matrix by how heavy the tail of its spectrum is.",
+        verdict="weaker claim",
     ),
     _training(
         "lightsam",

@@ -26,6 +26,27 @@ stages:
   scores: {evaluate: {models: [base, one, merged], tasks: [FOLDER/a.txt, FOLDER/b.txt]}}
 """
 
+PARTS = """\
+name: tiny
+stages:
+  base:
+    train: &short
+      model: FOLDER/model
+      data: FOLDER/a.txt
+      sequence_length: 32
+      batch_size: 2
+      steps: 8
+      save_every: 2
+      weight_decay: 0.1
+      clip: {adagc: {warmup_steps: 3}}
+      decay: {alphadecay: {interval: 3, min_dim: 8}}
+      sharpness: {lightsam: {betas: [0.9, 0.95]}}
+      average: {keep: {start: 0.25, every: 1}}
+  one: {finetune: {<<: *short, model: base, sharpness: sam, average: {ema: {start: 0.2, every: 1}}}}
+  merged: {average: {states: base, method: {sewa: {num_select: 2, steps: 6}}}}
+  scores: {evaluate: {models: [base, one, merged], tasks: [FOLDER/a.txt, FOLDER/b.txt]}}
+"""
+
 
 def small_model(folder: Path) -> Path:
     """A model folder without weights and two files of data, in `folder`."""
@@ -47,9 +68,20 @@ def small_model(folder: Path) -> Path:
 @pytest.fixture
 def recipe(tmp_path) -> Path:
     """The page's file, beside its data and a model folder without weights."""
-    small_model(tmp_path)
-    page = tmp_path / "tiny.yaml"
-    page.write_text(RECIPE.replace("FOLDER", str(tmp_path)))
+    return write_page(RECIPE, tmp_path)
+
+
+@pytest.fixture(params=[RECIPE, PARTS], ids=["stages", "parts"])
+def any_recipe(tmp_path, request) -> Path:
+    """As `recipe`, and one that has every part of the training room."""
+    return write_page(request.param, tmp_path)
+
+
+def write_page(text: str, folder: Path) -> Path:
+    """The page's file, beside what it names."""
+    small_model(folder)
+    page = folder / "tiny.yaml"
+    page.write_text(text.replace("FOLDER", str(folder)))
     return page
 
 

@@ -45,10 +45,12 @@ SLOW = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
 
 @pytest.mark.parametrize("kills", [20, pytest.param(1000, marks=SLOW)])
-def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(recipe, tmp_path, warm, results, kills):
-    warm(recipe, tmp_path / "first").join()  # starts the server, which takes longer than a run
+def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(
+    any_recipe, tmp_path, warm, results, kills
+):
+    warm(any_recipe, tmp_path / "first").join()  # starts the server, which takes longer than a run
     started = time.monotonic()
-    undisturbed = warm(recipe, tmp_path / "undisturbed")
+    undisturbed = warm(any_recipe, tmp_path / "undisturbed")
     undisturbed.join()
     seconds = time.monotonic() - started
     expected = results(tmp_path / "undisturbed" / "tiny")
@@ -62,7 +64,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(recipe, tmp_p
         rounds += 1
         finished = False
         while not finished:
-            process = warm(recipe, root)
+            process = warm(any_recipe, root)
             process.join(moments.uniform(0, seconds / 2) if killed < kills else None)
             if finished := process.exitcode is not None:
                 assert process.exitcode == 0

@@ -1,6 +1,5 @@
 """The skills bed's base: each round's mixture follows what the skills lack, and a kill costs nothing."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +8,7 @@ from weightsmith.checkpoints.lineage import read_lineage
 from weightsmith.testbed import DOMAINS, SKILLS, chance
 from weightsmith.training import TrainConfig, skill_base
 from weightsmith.training.skill_base import (
+    CEILING,
     FALL,
     LEAST,
     MOST,
@@ -21,11 +21,11 @@ from weightsmith.training.skill_base import (
 CONFIG = TrainConfig(data=mixture_for(dict.fromkeys(SKILLS, 0.0)), steps=8, batch_size=2, learning_rate=1e-3)
 
 
-def shares(*paused, **scores):
+def shares(**scores):
     """Each source's share by name, relative to its share when nothing is learnt."""
     first, found = (
-        {s.source: s.weight for s in mixture_for({**dict.fromkeys(SKILLS, 0.0), **known}, without)}
-        for known, without in (({}, ()), (scores, paused))
+        {source.source: source.weight for source in mixture_for({**dict.fromkeys(SKILLS, 0.0), **known})}
+        for known in ({}, scores)
     )
     assert sum(found.values()) == pytest.approx(1)
     # Relative to a skill that has learnt nothing: the shares of all others grow when one falls.
@@ -50,14 +50,14 @@ def test_a_skill_half_way_to_the_target_has_half_its_share():
     assert shares(**at("maximum", TARGET / 2))["maximum"] == pytest.approx(0.5)
 
 
-def test_a_skill_at_the_target_keeps_a_little_and_a_paused_one_nothing():
+def test_a_skill_at_the_target_keeps_a_little_and_above_the_ceiling_nothing():
     assert shares(**at("count", TARGET))["count"] == pytest.approx(LEAST)
-    assert shares(**at("count", 0.9))["count"] == pytest.approx(LEAST)
-    assert "count" not in shares("count")
+    assert shares(**at("count", CEILING - 0.01))["count"] == pytest.approx(LEAST)
+    assert "count" not in shares(**at("count", CEILING + 1e-9))
 
 
-def test_when_all_skills_pause_the_domains_have_everything():
-    found = mixture_for(dict.fromkeys(SKILLS, 1.0), SKILLS)
+def test_when_all_skills_are_learnt_the_domains_have_everything():
+    found = mixture_for(dict.fromkeys(SKILLS, 1.0))
     assert {source.source: source.weight for source in found} == dict.fromkeys(DOMAINS, 0.25)
 
 
@@ -69,63 +69,51 @@ def short(monkeypatch):
 
 
 def scored(monkeypatch, *rounds):
-    """Let every skill score as told after each round, and as last told from then on."""
-    values = list(rounds)
+    """Let every skill be this far on its way after each round, and as last told from then on."""
+    parts = list(rounds)
 
     def evaluate(*args, **options):
-        value = values.pop(0) if len(values) > 1 else values[0]
-        return {skill: SimpleNamespace(value=value) for skill in SKILLS}
+        part = parts.pop(0) if len(parts) > 1 else parts[0]
+        return {skill: SimpleNamespace(value=at(skill, part)[skill]) for skill in SKILLS}
 
     monkeypatch.setattr(skill_base, "evaluate", evaluate)
+
+
+def rates_of(base):
+    """The learning rate of each round that led to a base, relative to the first and to the slow decline."""
+    lineages = [read_lineage(base)]
+    while lineages[0].inputs:
+        lineages.insert(0, lineages[0].inputs[0].lineage)
+    assert {lineage.parameters["steps"] for lineage in lineages} == {2}
+    rates = [lineage.parameters["learning_rate"] for lineage in lineages]
+    return [rate / 1e-3 * (1 + number / 16) ** 0.5 for number, rate in enumerate(rates)]
+
+
+HALF, ALL, NONE = 0.4, 1.0, 0.0
 
 
 @pytest.mark.parametrize(
-    ("scores", "rates"),
+    ("parts", "rates"),
     [
-        ((0.0, 0.0, 0.6), [1.0, 1.0, 1.0, *FALL]),  # falls when there is enough
-        ((0.6, 0.0), [1.0, *FALL]),  # and goes on falling
-        ((0.0,), [1.0, 1.0, 1.0, 1.0, *FALL]),  # or when the steps are spent
+        ((NONE, NONE, HALF), [1.0, 1.0, 1.0, *FALL]),  # falls when there is enough
+        ((HALF,), [1.0, *FALL]),
+        ((ALL, HALF), [1.0, 1.0, *FALL]),  # and not too much
+        ((NONE,), [1.0, 1.0, 1.0, 1.0, *FALL]),  # or when the steps are spent
     ],
 )
-def test_the_learning_rate_falls_when_all_skills_have_left_chance(
-    short, scores, rates, tmp_path, monkeypatch
-):
-    scored(monkeypatch, *scores)
+def test_the_learning_rate_falls_when_all_skills_have_left_chance(short, parts, rates, tmp_path, monkeypatch):
+    scored(monkeypatch, *parts)
     train_skill_base(CONFIG, "testbed/xs", tmp_path / "base", workdir=tmp_path / "work", seed=0)
-    lineages = [read_lineage(tmp_path / "base")]
-    while lineages[0].inputs:
-        lineages.insert(0, lineages[0].inputs[0].lineage)
-    found = [lineage.parameters["learning_rate"] for lineage in lineages]
-    assert found == pytest.approx([1e-3 * rate / (1 + n / 16) ** 0.5 for n, rate in enumerate(rates)])
-    assert {lineage.parameters["steps"] for lineage in lineages} == {2}
+    assert rates_of(tmp_path / "base") == pytest.approx(rates)
     assert not (tmp_path / "work").exists()
 
 
-def test_a_round_that_brings_a_skill_too_far_is_made_again_without_it(short, tmp_path, monkeypatch):
-    trained = []
-    learns = skill_base.finetune
-
-    def finetune(config, *arguments, **options):
-        trained.append({source.source for source in config.data} & set(SKILLS))
-        learns(config, *arguments, **options)
-
-    def evaluate(*arguments, **options):
-        # `add` and then `sort` are mastered in whatever round has them after the first.
-        known = {"add"} & trained[-1] or {"sort"} & trained[-1] if trained else set()
-        return {skill: SimpleNamespace(value=float(skill in known)) for skill in SKILLS}
-
-    monkeypatch.setattr(skill_base, "finetune", finetune)
-    monkeypatch.setattr(skill_base, "evaluate", evaluate)
-    one = dataclasses.replace(CONFIG, steps=2)
-    train_skill_base(one, "testbed/xs", tmp_path / "base", workdir=tmp_path / "work", seed=0)
-    every = set(SKILLS)
-    assert trained == [every, every - {"add"}, every - {"add", "sort"}] * len(FALL)
-    lineage, rounds = read_lineage(tmp_path / "base"), 0
-    while lineage.inputs:
-        sources = {source["source"] for source in lineage.parameters["data"]}
-        assert not sources & {"add", "sort"}
-        lineage, rounds = lineage.inputs[0].lineage, rounds + 1
-    assert rounds == len(FALL)  # what was not kept is no ancestor
+@pytest.mark.parametrize("end", [ALL, NONE])
+def test_a_fall_that_leaves_no_room_is_taken_back(short, end, tmp_path, monkeypatch):
+    # One round, four of the fall, then what the first round scored, and a second one that is good for a fall.
+    scored(monkeypatch, HALF, HALF, HALF, HALF, end, HALF, HALF)
+    train_skill_base(CONFIG, "testbed/xs", tmp_path / "base", workdir=tmp_path / "work", seed=0)
+    assert rates_of(tmp_path / "base") == pytest.approx([1.0, 1.0, *FALL])
 
 
 def test_a_killed_base_goes_on_from_its_last_round(short, tmp_path, monkeypatch):

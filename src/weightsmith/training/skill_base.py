@@ -2,9 +2,10 @@
 
 A skill switches on within a few hundred steps, at a step that differs from seed to seed and from skill to
 skill: no fixed mixture and number of steps leaves all six half-learnt. So after each round the skills are
-scored on the calibration pool, and a skill's share of the next round is what it still lacks. A round that
-brought a skill too far is made again without it. When all of them have left chance behind, the learning rate
-falls to its end within a few more rounds.
+scored on the calibration pool, and a skill's share of the next round is what it still lacks. When all of them
+have left chance behind, the learning rate falls to its end within a few more rounds, in which every skill
+still gains, some of them all there was to gain. Then those rounds are taken back, and the base goes on as if
+they had not been.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,24 +34,25 @@ MOST = 0.3  # of the mixture, for one skill: with more, the last ones would be m
 SHARES = {"add": 1.2, "reverse": 0.7, "sort": 0.5, "lookup": 2.0, "maximum": 0.25, "count": 0.8}
 LEAST = 0.1  # of its first share: without any, a skill would be forgotten
 # Parts of the way from chance to mastery:
-ENOUGH = 0.18  # all skills are here: the learning rate may fall
+ENOUGH, TOO_MUCH = 0.18, 0.5  # all skills are between: the learning rate may fall
 TARGET = 0.22  # a skill that is here is down to the least share
 CEILING = 0.3  # above, it pauses: it will still gain while the learning rate falls
-TOO_MUCH = 0.6  # a round that brings a skill beyond is not kept
+# Where every skill has to be in the end, so that the gate holds on other questions: above chance, and in all.
+ABOVE_CHANCE, BELOW = 0.15, 0.70
 ITEMS = 400  # questions of each skill after each round
 
 
-def mixture_for(scores: Mapping[str, float], paused: Collection[str] = ()) -> tuple[DataSource, ...]:
+def mixture_for(scores: Mapping[str, float]) -> tuple[DataSource, ...]:
     """The domains evenly, and each skill by what it lacks to `TARGET`.
 
     Args:
         scores: Exact match of every skill on the calibration pool.
-        paused: Skills that get nothing.
     """
+    learnt = {skill: _learnt(skill, value) for skill, value in scores.items()}
     lacking = {
-        skill: SHARES[skill] * min(1.0, max(LEAST, 1 - _learnt(skill, value) / TARGET))
-        for skill, value in scores.items()
-        if skill not in paused
+        skill: SHARES[skill] * min(1.0, max(LEAST, 1 - part / TARGET))
+        for skill, part in learnt.items()
+        if part < CEILING
     }
     total = sum(lacking.values())
     skills = {skill: min(MOST, SKILL_SHARE * lack / total) for skill, lack in lacking.items()}
@@ -83,35 +85,35 @@ def train_skill_base(
         train(this, model, last.folder(workdir), workdir=workdir / "work", seed=derive(seed, 0))
     scores = _scores(last.folder(workdir))
     further = FinetuneConfig(**vars(this) | {"warmup_steps": 10})
-    while last.falls < len(FALL):
-        enough = all(_learnt(skill, value) >= ENOUGH for skill, value in scores.items())
-        number = last.number + 1
-        falls = last.falls + (enough or last.falls > 0 or number * steps >= config.steps)
-        rate = (config.learning_rate or 0.0) / math.sqrt(1 + number / 16)
-        if falls:
-            rate *= FALL[falls - 1]
-        before, last = last.folder(workdir), _Round(number, falls)
-        paused = {skill for skill, value in scores.items() if _learnt(skill, value) >= CEILING}
-        trial = workdir / "trial"
-        while True:
-            shutil.rmtree(trial, ignore_errors=True)  # of a killed call
-            this = dataclasses.replace(further, data=mixture_for(scores, paused), learning_rate=rate)
-            finetune(this, before, trial, workdir=workdir / "work", seed=derive(seed, number, len(paused)))
-            found = _scores(trial)
-            over = {skill for skill, value in found.items() if _learnt(skill, value) > TOO_MUCH} - paused
-            if not over:
+    while True:
+        spent = (last.number + 1) * steps >= config.steps
+        if last.falls == len(FALL):
+            if spent or _have_room(scores):
                 break
-            paused |= over
-        scores = found
-        os.rename(trial, last.folder(workdir))
-        shutil.rmtree(before)
+            _remove(last.folder(workdir))
+            last = _Round(last.number, 0)
+            scores = _scores(last.folder(workdir))
+            following = _Round(last.number + 1, 0)
+        elif last.falls or spent or _may_fall(scores):
+            following = _Round(last.number, last.falls + 1)
+        else:
+            following = _Round(last.number + 1, 0)
+        rate = (config.learning_rate or 0.0) / math.sqrt(1 + (following.number + following.falls) / 16)
+        if following.falls:
+            rate *= FALL[following.falls - 1]
+        this = dataclasses.replace(further, data=mixture_for(scores), learning_rate=rate)
+        before, after = last.folder(workdir), following.folder(workdir)
+        finetune(this, before, after, workdir=workdir / "work", seed=derive(seed, *following))
+        if following.falls != 1:  # what the learning rate falls from is kept: the fall may be taken back
+            _remove(before)
+        last, scores = following, _scores(after)
     os.rename(last.folder(workdir), out)
     sync_folder(out.parent)
     shutil.rmtree(workdir)
 
 
 class _Round(NamedTuple):
-    """A finished round: its number, and how often the learning rate has fallen by then."""
+    """A finished round: its number, and how often the learning rate has fallen since."""
 
     number: int
     falls: int
@@ -123,6 +125,22 @@ class _Round(NamedTuple):
 
     def folder(self, workdir: Path) -> Path:
         return workdir / f"round-{self.number}.{self.falls}"
+
+
+def _remove(folder: Path) -> None:
+    """Remove a round, so that a killed call never finds half of it."""
+    going = folder.with_name("removed")
+    shutil.rmtree(going, ignore_errors=True)
+    os.rename(folder, going)
+    shutil.rmtree(going)
+
+
+def _may_fall(scores: Mapping[str, float]) -> bool:
+    return all(ENOUGH <= _learnt(skill, value) <= TOO_MUCH for skill, value in scores.items())
+
+
+def _have_room(scores: Mapping[str, float]) -> bool:
+    return all(chance(skill) + ABOVE_CHANCE <= value <= BELOW for skill, value in scores.items())
 
 
 def _scores(model: Path) -> dict[str, float]:

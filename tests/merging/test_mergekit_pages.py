@@ -10,6 +10,7 @@ import pytest
 from weightsmith.errors import PageError
 from weightsmith.merging import merge, plan_merge
 from weightsmith.merging.mergekit import KEYS, REFUSED
+from weightsmith.merging.tokenizer_rule import RULE_KEYS, SOURCE_KEYS, TOKEN_KEYS
 
 from .made import CONFIG, random_model, read, save
 
@@ -36,10 +37,16 @@ THEIRS = {
     "model": {"model", "parameters"},
     "reference": {"model", "lora", "override_architecture"},
     "path": {"path", "revision"},
+    "tokenizer": {"source", "tokens", "pad_to_multiple_of"},
+    "token": {"source", "force"},
+    "model_token": {"kind", "model", "token_id", "token"},
+    "zero": {"kind"},
+    "condition": {"filter", "value"},
 }
 LIST_KEYS = """
 import json
 from mergekit import common, config
+from mergekit.tokenizer import config as tokenizer
 places = {
     "page": config.MergeConfiguration,
     "module": config.OutputModuleDefinition,
@@ -48,6 +55,11 @@ places = {
     "model": config.InputModelDefinition,
     "reference": common.ModelReference,
     "path": common.ModelPath,
+    "tokenizer": tokenizer.TokenizerConfig,
+    "token": tokenizer.TokenEmbeddingConfig,
+    "model_token": tokenizer.ModelTokenEmbedding,
+    "zero": tokenizer.ZeroEmbedding,
+    "condition": config.ConditionalParameter,
 }
 print(json.dumps({place: sorted(model.model_fields) for place, model in places.items()}))
 """
@@ -55,7 +67,14 @@ print(json.dumps({place: sorted(model.model_fields) for place, model in places.i
 
 @pytest.mark.parametrize("place", THEIRS)
 def test_every_key_of_mergekit_is_honoured_or_refused_by_name(place):
-    assert THEIRS[place] == {*KEYS[place], *(REFUSED if place == "reference" else ())}
+    honoured = {
+        **KEYS,
+        **SOURCE_KEYS,
+        "tokenizer": RULE_KEYS,
+        "token": TOKEN_KEYS,
+        "condition": ("filter", "value"),
+    }
+    assert THEIRS[place] == {*honoured[place], *(REFUSED if place == "reference" else ())}
 
 
 def test_the_list_of_mergekits_keys_is_that_of_the_installed_mergekit():

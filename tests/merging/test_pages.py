@@ -253,8 +253,18 @@ MERGEKIT_WRONGS = [
         "chat_template: chatlm",
         "19: chat_template: `chatlm` is no template: expected auto, al",
     ),
-    ("dtype: float32", "tokenizer_source: union", "19: tokenizer_source: `union` is not supported"),
-    ("dtype: float32", "tokenizer: {{source: base, tokens: {{}}}}", "19: tokenizer.tokens: is not supported"),
+    ("dtype: float32", "tokenizer_source: union", "19: tokenizer_source: base has no tokenizer whose tokens"),
+    (
+        "dtype: float32",
+        "tokenizer_source: nowhere",
+        "19: tokenizer_source: base has no tokenizer whose tokens",
+    ),
+    ("dtype: float32", "tokenizer: {{tokens: {{a: {{b: 1}}}}}}", "19: tokenizer.tokens.a.b: no such key;"),
+    (
+        "dtype: float32",
+        "tokenizer: {{}}\ntokenizer_source: base",
+        "20: tokenizer_source: is given beside `tokenizer`",
+    ),
     ("models:", "modules:", "3: modules: expected a mapping of modules, found ["),
     (
         "models:",

@@ -54,13 +54,14 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 
 
-def resolve(source: str | Path, *, offline: bool = False) -> tuple[Path, str]:
+def resolve(source: str | Path, *, offline: bool = False, weights: bool = True) -> tuple[Path, str]:
     """The folder that `source` names, and the name to use in messages.
 
     Args:
         source: A folder, or the hub id of a model (`owner/name`, `owner/name@revision`), which is
             downloaded, or taken from the local cache when the hub can't be reached.
         offline: Look into the local cache only.
+        weights: Whether weights are wanted; False downloads the side files alone.
 
     Raises:
         CheckpointError: neither a folder nor a model that can be had.
@@ -82,7 +83,7 @@ def resolve(source: str | Path, *, offline: bool = False) -> tuple[Path, str]:
         named = nearest(folder.name, _subfolders(folder.parent))
         doubt = "" if named or not _HUB_ID.fullmatch(text) else f"; for the hub's model write {text}@main"
         raise CheckpointError(f"{source}: no such folder{named or doubt}")
-    return _download(text, offline), text
+    return _download(text, offline, weights), text
 
 
 def looks_like_path(text: str) -> bool:
@@ -106,12 +107,13 @@ def label(folder: Path) -> str:
     return path.parent.name if path.name == "checkpoint" and path.parent.name else path.name or str(path)
 
 
-def _download(hub_id: str, offline: bool) -> Path:
+def _download(hub_id: str, offline: bool, weights: bool) -> Path:
     """A snapshot of the safetensors and side files of a hub model, or the cached one."""
     import huggingface_hub
 
     repo, _, revision = hub_id.partition("@")
-    wanted = [*SIDE_FILES, "*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG, LINEAGE_FILE]
+    wanted = [*SIDE_FILES, ADAPTER_CONFIG, LINEAGE_FILE]
+    wanted += ["*.safetensors", "*.safetensors.index.json"] if weights else []
     try:
         return Path(
             huggingface_hub.snapshot_download(

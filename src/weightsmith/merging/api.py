@@ -36,6 +36,7 @@ class MergeReport:
         seconds: Wall time, opening the inputs included.
         memory_bytes: Peak memory of this process and its workers together, since this process began.
         warnings: What the user should know.
+        vocabulary: What became of the models' tokens; None where every model was used as it is.
         tensors: What spectral methods report of each tensor: ranks, weights.
     """
 
@@ -46,6 +47,7 @@ class MergeReport:
     seconds: float
     memory_bytes: int
     warnings: tuple[str, ...] = ()
+    vocabulary: Mapping[str, Any] | None = None
     tensors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
@@ -57,6 +59,7 @@ class MergeReport:
             "bytes": self.bytes,
             "seconds": round(self.seconds, 3),
             "memory_bytes": self.memory_bytes,
+            "vocabulary": self.vocabulary,
             "warnings": list(self.warnings),
         }
 
@@ -103,6 +106,7 @@ def merge(
             seconds=time.perf_counter() - begun,
             memory_bytes=peak_rss_bytes(),
             warnings=plan.warnings,
+            vocabulary=plan.vocabulary,
             tensors=tensors,
         )
 
@@ -120,7 +124,7 @@ def _merge_each_task(
     begun = time.perf_counter()
     with open_plan(config, out, overwrite=overwrite, threads=threads, device=device) as plan:
         names = [name.replace("/", "--") for name in plan.models]
-        lineage, warnings = plan.lineage.to_bytes(), plan.warnings
+        lineage, warnings, vocabulary = plan.lineage.to_bytes(), plan.warnings, plan.vocabulary
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"two models are called {name}: name the `task`, one page for each")
@@ -148,6 +152,7 @@ def _merge_each_task(
         seconds=time.perf_counter() - begun,
         memory_bytes=peak_rss_bytes(),
         warnings=warnings,
+        vocabulary=vocabulary,
     )
 
 

@@ -63,7 +63,7 @@ def check_architecture(model: Checkpoint, reference: Checkpoint) -> list[str]:
             f"{model.name}: is a `{theirs}`, {reference.name} is a `{ours}`; only models of one architecture "
             f"can be merged. {NOTHING_WRITTEN}"
         )
-    inner, outer = _text_config(model.config), _text_config(reference.config)
+    inner, outer = text_config(model.config), text_config(reference.config)
     different = [
         f"{key} ({inner[key]} against {outer[key]})"
         for key in _BEHAVIOUR
@@ -165,22 +165,22 @@ def check_tokenizers(models: Sequence[Checkpoint], reference: Checkpoint, cure: 
     Raises:
         CheckpointError: names the two models and the first token that differs.
     """
-    ours = _vocabulary_bytes(reference)
+    ours = vocabulary_bytes(reference)
     for model in models:
-        theirs = _vocabulary_bytes(model)
+        theirs = vocabulary_bytes(model)
         if not ours or not theirs or ours == theirs:
             continue
         difference = _difference(ours, theirs)
         if difference:
             raise CheckpointError(
                 f"{model.name}: its tokenizer differs from that of {reference.name}: {difference}. Set "
-                f"`{cure}` to take {reference.name}'s for all. {NOTHING_WRITTEN}"
+                f"`{cure}: base` to take {reference.name}'s for all, or `{cure}: union`. {NOTHING_WRITTEN}"
             )
 
 
 def _is_redundant(model: Checkpoint, name: str, reference: Checkpoint) -> bool:
     """A stored copy of what this model's config ties: loaders ignore it."""
-    return name in reference.tied and bool(_text_config(model.config).get("tie_word_embeddings"))
+    return name in reference.tied and bool(text_config(model.config).get("tie_word_embeddings"))
 
 
 def _vocabulary_hint(one: Sequence[int], other: Sequence[int]) -> str:
@@ -188,12 +188,19 @@ def _vocabulary_hint(one: Sequence[int], other: Sequence[int]) -> str:
     return "; if these are token embeddings, the vocabularies differ" if same_width else ""
 
 
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config with what it says of its text model on top."""
     nested = config.get("text_config")
     return {**config, **nested} if isinstance(nested, Mapping) else config
 
 
-def _vocabulary_bytes(checkpoint: Checkpoint) -> dict[str, bytes]:
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint comes with its vocabulary."""
+    return bool({"tokenizer.json", *_VOCABULARIES} & set(checkpoint.side_file_map()))
+
+
+def vocabulary_bytes(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The files that hold a checkpoint's vocabulary; empty where it has none."""
     files = checkpoint.side_file_map()
     names = ["tokenizer.json"] if "tokenizer.json" in files else [n for n in _VOCABULARIES if n in files]
     return {name: files[name].read_bytes() for name in names}

@@ -29,6 +29,7 @@ from weightsmith.merging.chat import BUILT_IN
 from weightsmith.merging.options import OptionError, build, is_per_model, page_key, schema
 from weightsmith.merging.parameter import NanPolicy
 from weightsmith.merging.settings import EachModel, Setting, SettingError
+from weightsmith.merging.tokenizer_rule import TokenizerRule, parse_rule
 from weightsmith.registry import load
 from weightsmith.runs.pages import Source as Page
 from weightsmith.runs.pages import parse as parse_page
@@ -106,7 +107,8 @@ class MergeConfig:
         base: The base model, None where the method needs none.
         options: Options for all models and tensors.
         dtype: Safetensors dtype of the output; None keeps each tensor's own.
-        tokenizer: `base` takes the base's (or first model's) tokenizer although others differ.
+        tokenizer: Whose tokens the output has; None for the base's (or first model's), which the others must
+            then have too.
         chat_template: `auto` (the one most models have), the name of a built-in one, or the text of one; None
             keeps that of the output's tokenizer.
         nan_policy: What NaN and infinities in weights are: an error, or 0.
@@ -121,7 +123,7 @@ class MergeConfig:
     base: str | None = None
     options: Mapping[str, Setting] = field(default_factory=dict)
     dtype: str | None = None
-    tokenizer: Literal["base"] | None = None
+    tokenizer: TokenizerRule | None = None
     chat_template: str | None = None
     nan_policy: NanPolicy = "raise"
     seed: int = 0
@@ -185,7 +187,13 @@ def parse_merge(body: Mapping[str, Any], page: Page | None = None) -> MergeConfi
         base=base,
         options=parsed,
         dtype=output_dtype(body, page),
-        tokenizer=choice(body, "tokenizer", ("base",), page),
+        tokenizer=parse_rule(
+            body,
+            "tokenizer",
+            "base",
+            lambda keys, problem: fail(page, keys, problem),
+            lambda entry, key, keys: text(entry, key, page, keys),
+        ),
         chat_template=chat_template(body, page),
         nan_policy=choice(body, "nan_policy", ("raise", "zero"), page) or "raise",
         seed=_seed(body, page),

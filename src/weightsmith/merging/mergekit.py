@@ -15,6 +15,7 @@ refused by name, never passed over.
 
 from __future__ import annotations
 
+import functools
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,6 +36,7 @@ from weightsmith.merging.config import (
 )
 from weightsmith.merging.options import is_per_model, page_key, schema
 from weightsmith.merging.settings import Setting
+from weightsmith.merging.tokenizer_rule import TokenizerRule, parse_rule
 from weightsmith.runs.pages import Source as Page
 
 _INPUTS = ("models", "slices", "modules")
@@ -119,7 +121,7 @@ def parse_mergekit(body: Mapping[str, Any], page: Page | None = None) -> MergeCo
         base=reader.reference(body, "base_model", ()),
         options={**_DEFAULTS.get(body["merge_method"], {}), **options},
         dtype=output_dtype(body, page),
-        tokenizer=_tokenizer(body, page),
+        tokenizer=reader.tokenizer(body),
         chat_template=chat_template(body, page),
         dialect="mergekit",
         warnings=tuple(reader.warnings),
@@ -206,6 +208,15 @@ class _Reader:
                 )
             layers = (layers[0], layers[1])
         return Input(model, self.options(entry, keys, of_one_model=True), layers, keys)
+
+    def tokenizer(self, body: Mapping[str, Any]) -> TokenizerRule | None:
+        """`tokenizer`, or `tokenizer_source` of older pages."""
+        keys = [key for key in ("tokenizer", "tokenizer_source") if body.get(key) is not None]
+        if len(keys) > 1:
+            fail(self.page, (keys[1],), "is given beside `tokenizer`; expected one of them")
+        for key in keys:
+            return parse_rule(body, key, "union", functools.partial(fail, self.page), self.reference)
+        return None
 
     def reference(self, body: Mapping[str, Any], key: str, keys: Keys) -> str | None:
         """A model: text, or the same in parts (`{model: {path, revision}, lora: ...}`); None where absent."""
@@ -310,20 +321,3 @@ def _parameters(body: Any) -> Iterator[Mapping[str, Any]]:
     elif isinstance(body, list):
         for entry in body:
             yield from _parameters(entry)
-
-
-def _tokenizer(body: Mapping[str, Any], page: Page | None) -> Any:
-    """`base` where the page asks for the base's tokenizer; other sources are not built."""
-    nested = body.get("tokenizer")
-    if nested is None:
-        source, keys = body.get("tokenizer_source"), ("tokenizer_source",)
-    else:
-        if not isinstance(nested, Mapping):
-            fail(page, ("tokenizer",), f"expected a mapping with `source`, found {nested!r}")
-        for key in nested:
-            if key != "source":
-                fail(page, ("tokenizer", key), "is not supported; only `source: base` is")
-        source, keys = nested.get("source"), ("tokenizer", "source")
-    if source is None or source in ("base", body.get("base_model")):
-        return "base" if source else None
-    fail(page, keys, f"`{source}` is not supported; only `base` is")

@@ -30,6 +30,7 @@ from weightsmith.merging.settings import EachModel, Gradient, PerTensor, Setting
 from weightsmith.merging.sources import Origin, Part, Sources, open_sources
 from weightsmith.merging.stacking import restacked
 from weightsmith.merging.statistics import measured_of
+from weightsmith.merging.tokenizer_files import with_vocabulary
 from weightsmith.registry import load
 from weightsmith.runs.environment import versions
 from weightsmith.tensors.floats import FLOAT_DTYPES
@@ -138,6 +139,12 @@ class MergePlan:
         return [checkpoint.name for checkpoint, role in self._sources.roles if role == "model"]
 
     @property
+    def vocabulary(self) -> dict[str, Any] | None:
+        """What becomes of the models' tokens; None where every model is used as it is."""
+        alignment = self._sources.alignment
+        return None if alignment is None else dict(alignment.summary)
+
+    @property
     def specs(self) -> list[TensorSpec]:
         """What is to be written."""
         return [output.spec for output in self.outputs]
@@ -205,6 +212,8 @@ class MergePlan:
             "dtypes": [_CONFIG_NAMES.get(dtype, dtype) for dtype in dtypes],
             "read_bytes": self.read_bytes,
             "written_bytes": self.disk_bytes,
+            "vocabulary": self.vocabulary,
+            "notes": list(self.notes),
             "warnings": list(self.warnings),
         }
 
@@ -238,10 +247,14 @@ class MergePlan:
         return Output(spec, layer, part.base, part.models, method, measured)
 
     def _side_files(self) -> dict[str, Path | bytes]:
-        files = self._with_chat_template(dict(self.donor.side_file_map()))
+        files: dict[str, Path | bytes] = dict(self.donor.side_file_map())
+        if self._sources.alignment is not None:
+            output = self._sources.alignment.output
+            files = with_vocabulary(files, output, self.donor.name)
+        files = self._with_chat_template(files)
         if "config.json" not in files:
             return files
-        config: dict[str, Any] = self.donor.config
+        config = old = _object(files["config.json"])
         for restack in self._sources.restacks:
             config, doubtful = restacked(config, restack.kept, restack.depth, restack.module)
             if doubtful:
@@ -250,7 +263,7 @@ class MergePlan:
                 )
         if self.config.dtype is not None:
             config = _with_dtype(config, _CONFIG_NAMES[self.config.dtype])
-        if config != self.donor.config:
+        if config != old:
             files["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         return files
 
@@ -345,6 +358,10 @@ def open_plan(
         raise
 
 
+def _object(file: Path | bytes) -> dict[str, Any]:
+    return json.loads(file if isinstance(file, bytes) else file.read_bytes())
+
+
 def _facts(ancestor: Ancestor) -> tuple[Any, ...]:
     return ancestor.name, ancestor.fingerprint, ancestor.lineage, ancestor.content
 
@@ -385,6 +402,12 @@ def _parameters(config: MergeConfig, sources: Sources) -> dict[str, Any]:
         **({"dtype": config.dtype} if config.dtype else {}),
         **({"nan_policy": config.nan_policy} if config.nan_policy != "raise" else {}),
         **({"chat_template": config.chat_template} if config.chat_template else {}),
+        **(
+            {"tokenizer": config.tokenizer.to_json()}
+            if config.tokenizer and config.tokenizer.to_json()
+            else {}
+        ),
+        **({"vocabulary": sources.alignment.summary} if sources.alignment else {}),
     }
 
 

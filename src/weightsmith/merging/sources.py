@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from weightsmith.merging.modules import WHOLE, UnknownModuleError, assign, split
 from weightsmith.merging.settings import EachModel, Setting
 from weightsmith.merging.stacking import Stack, is_first
 from weightsmith.merging.statistics import Statistics
+from weightsmith.merging.vocabulary import Alignment, align
 from weightsmith.registry import load
 
 
@@ -95,6 +97,7 @@ class Sources:
         roles: Every checkpoint once for each role, in the page's order: "base" or "model".
         statistics: What was measured of a model, by the `id` of its checkpoint.
         warnings: What the user should know.
+        alignment: How the models come to one vocabulary; None where each is used as it is.
         restacks: Known once all parts were asked for: the stacks of layers that are put together anew.
     """
 
@@ -108,6 +111,7 @@ class Sources:
         self._stacks: dict[tuple[int, str], Stack] = {}
         self._modules: dict[int, dict[str, list[str]]] = {}
         self._by_module: dict[str, list[_Roles]] = {}
+        self.alignment: Alignment | None = None
         try:
             self._open_all()
         except BaseException:
@@ -156,9 +160,13 @@ class Sources:
         for checkpoint in self._opened.values():
             compatibility.check_plain(checkpoint)
         self._slices = [self._assign(part) for part in config.slices]
+        self._check_models()
         for roles in self._slices:
             self._by_module.setdefault(roles.part.module or WHOLE, []).append(roles)
-        self._check_models()
+        for module, slices in self._by_module.items():
+            if not any(roles.part.stacked for roles in slices):
+                self._check_names(module, slices[0])
+        self.roles += [(measured.checkpoint, "statistics") for measured in self.statistics.values()]
 
     def _open(self, model: str, keys: Keys) -> None:
         """Open a model that the page names at `keys`, once."""
@@ -242,7 +250,7 @@ class Sources:
             self.config.fail(part.keys, f"`{self.config.method}` merges {wanted} models, found {count}")
 
     def _check_models(self) -> None:
-        """Compare every checkpoint with the donor: architecture, tokenizer, names of tensors."""
+        """Compare every checkpoint with the donor: architecture and tokenizer."""
         self.roles: list[tuple[Checkpoint, str]] = []
         seen: set[tuple[int, str]] = set()
         # Of a merge in parts a model is named once, whatever it gives to; else once for every mention.
@@ -264,12 +272,44 @@ class Sources:
         for checkpoint in others:
             self.warnings += tuple(compatibility.check_architecture(checkpoint, self.donor))
         if self.config.tokenizer is None:
-            key = "tokenizer_source: base" if self.config.dialect == "mergekit" else "tokenizer: base"
+            key = "tokenizer_source" if self.config.dialect == "mergekit" else "tokenizer"
             compatibility.check_tokenizers(others, self.donor, key)
-        for module, slices in self._by_module.items():
-            if not any(roles.part.stacked for roles in slices):
-                self._check_names(module, slices[0])
-        self.roles += [(measured.checkpoint, "statistics") for measured in self.statistics.values()]
+        self._align()
+
+    def _align(self) -> None:
+        """Bring all models to the output's vocabulary, where their own differ."""
+        models = {id(c): c for c in (self.donor, *(c for c, _ in self.roles))}
+        if self.config.base is not None:  # its tokens count also where its weights don't
+            base = self.opened(self.config.base)
+            models[id(base)] = base
+        self.alignment = align(self.config, self.donor, list(models.values()), self._find)
+        if self.alignment is None:
+            return
+        self.warnings += self.alignment.warnings
+        aligned = self.alignment.checkpoints
+        measured = [one for key, one in self.statistics.items() if key in aligned]
+        if measured:
+            raise CheckpointError(
+                f"{measured[0].source}: was measured over the tokens of its model, which are not the "
+                f"output's; measure a model that has those. {compatibility.NOTHING_WRITTEN}"
+            )
+
+        def of(checkpoint: Checkpoint) -> Checkpoint:
+            return aligned.get(id(checkpoint), checkpoint)
+
+        self.donor = of(self.donor)
+        self.roles = [(of(checkpoint), role) for checkpoint, role in self.roles]
+        self._slices[:] = [
+            dataclasses.replace(
+                roles,
+                base=roles.base and (of(roles.base[0]), roles.base[1]),
+                models=tuple((of(checkpoint), first) for checkpoint, first in roles.models),
+            )
+            for roles in self._slices
+        ]
+
+    def _find(self, model: str) -> Checkpoint | None:
+        return self._opened.get(self._identity(model))
 
     def _check_names(self, module: str, roles: _Roles) -> None:
         reference = roles.reference[0]

@@ -265,6 +265,20 @@ def _model_words(body: Mapping[str, Any]) -> Iterator[tuple[Keys, str]]:
             yield ("models", index, "model"), str(entry["model"])
         else:
             yield ("models", index), str(entry)
+    yield from _tokenizer_words(body.get("tokenizer"), ("tokenizer",))
+
+
+def _tokenizer_words(value: Any, keys: Keys) -> Iterator[tuple[Keys, str]]:
+    """Each place of a tokenizer rule that names a model."""
+    if isinstance(value, str) and value not in ("base", "union"):
+        yield keys, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key in ("source", "model"):
+                yield from _tokenizer_words(inner, (*keys, key))
+            elif key == "tokens" and isinstance(inner, Mapping):
+                for token, rule in inner.items():
+                    yield from _tokenizer_words(rule, (*keys, key, token))
 
 
 def _parts(words: str) -> list[str]:
@@ -277,7 +291,23 @@ def _with_folders(body: Mapping[str, Any], models: Mapping[str, Path]) -> dict[s
     def folder(words: str) -> str:
         return "+".join(str(models[part]) for part in _parts(words))
 
+    def located(value: Any) -> Any:
+        if isinstance(value, str):
+            return value if value in ("base", "union") else folder(value)
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            key: {token: located(rule) for token, rule in inner.items()}
+            if key == "tokens" and inner
+            else located(inner)
+            if key in ("source", "model")
+            else inner
+            for key, inner in value.items()
+        }
+
     found = dict(body)
+    if body.get("tokenizer") is not None:
+        found["tokenizer"] = located(body["tokenizer"])
     if body.get("base") is not None:
         found["base"] = folder(str(body["base"]))
     found["models"] = [

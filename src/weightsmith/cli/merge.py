@@ -37,8 +37,10 @@ def register(app: typer.Typer) -> None:
         from weightsmith.merging import plan_merge
 
         if check:
+            from weightsmith.merging.check import check as look
+
             with plan_merge(config, out, overwrite=overwrite, threads=threads, device=device) as plan:
-                _show_check(plan.summary(), plan.predict(), as_json)
+                _show_check(plan.summary(), look(plan), plan.predict(), as_json)
             return
         with bars() as progress:
             report = merge_checkpoints(
@@ -47,16 +49,54 @@ def register(app: typer.Typer) -> None:
         output.print_merged(report, as_json)
 
 
-def _show_check(summary: dict[str, Any], cost: Prediction, as_json: bool) -> None:
+def _show_check(summary: dict[str, Any], found: dict[str, Any], cost: Prediction, as_json: bool) -> None:
+    warnings = [*summary["warnings"], *found["warnings"]]
     if as_json:
-        output.print_json({**summary, "prediction": asdict(cost)})
+        whole = {**summary, "models": found["models"], "warnings": warnings, "prediction": asdict(cost)}
+        output.print_json(whole)
         return
-    output.warn(summary["warnings"])
+    output.warn(warnings)
     inputs = ", ".join(f"{entry['name']} ({entry['role']})" for entry in summary["inputs"])
     typer.echo(f"{summary['method']} of {inputs}")
+    header = [
+        "model",
+        "layers",
+        "parameters",
+        "dtype",
+        "tokens",
+        "special tokens",
+        "chat template",
+        "ancestry",
+    ]
+    output.print_table(header, [_row(entry) for entry in found["models"]])
+    for note in summary["notes"]:
+        typer.echo(note)
     dtypes = ", ".join(summary["dtypes"])
     typer.echo(f"{summary['tensors']} tensors, {summary['parameters']:,} parameters in {dtypes}")
     typer.echo(
         f"reads {output.size(summary['read_bytes'])}, writes {output.size(cost.disk_bytes)}; about "
         f"{output.size(cost.memory_bytes)} of memory and {output.duration(cost.seconds)}; nothing was written"
     )
+
+
+def _row(entry: dict[str, Any]) -> list[Any]:
+    """One model as a line of the table."""
+    tokens = "-" if entry["tokens"] is None else f"{entry['tokens']:,}"
+    if entry["rows"] not in (None, entry["tokens"]):
+        tokens += f" in {entry['rows']:,} rows"
+    special = ", ".join(f"{role} {token}" for role, token in entry["special_tokens"].items())
+    ancestry = entry["ancestry"]
+    words = "" if entry["role"] == "model" else entry["role"]
+    if ancestry is not None:
+        words = f"{100 * ancestry['relative_norm']:.2g} % changed, cosine {ancestry['cosine']:.3f}"
+        words += f"; lineage: {ancestry['lineage']}" if ancestry["lineage"] else ""
+    return [
+        entry["name"],
+        entry["layers"],
+        f"{entry['parameters']:,}",
+        ", ".join(entry["dtypes"]),
+        tokens,
+        special or "-",
+        entry["chat_template"] or "-",
+        words,
+    ]

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from weightsmith.checkpoints import Ancestor, Checkpoint, Lineage, TensorSpec, plan_layout
-from weightsmith.errors import CheckpointError
+from weightsmith.errors import CheckpointError, InputError
 from weightsmith.merging import compatibility
 from weightsmith.merging.chat import chosen, with_template
 from weightsmith.merging.config import MergeConfig
@@ -38,6 +38,7 @@ from weightsmith.tensors.floats import FLOAT_DTYPES
 if TYPE_CHECKING:
     from weightsmith.runs.prediction import Prediction
 
+_DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 _CONFIG_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
@@ -126,6 +127,8 @@ class MergePlan:
         names = {n for c, _ in sources.roles for n in (*c.tensors, *c.tied)}
         names.update(output.spec.name for output in self.outputs)
         self.warnings += (*check_patterns(config, method, names), *crowded(self.parameters()))
+        if device not in ("auto", "cpu") and not self._is_spectral:
+            self.warnings += (f"device `{device}` has no effect: `{config.method}` computes on the CPU",)
         self.side_files = self._side_files()
 
     @property
@@ -137,6 +140,11 @@ class MergePlan:
     def models(self) -> list[str]:
         """What the models are called, in the order of the page."""
         return [checkpoint.name for checkpoint, role in self._sources.roles if role == "model"]
+
+    @property
+    def inputs(self) -> list[tuple[Checkpoint, str]]:
+        """Every base and model with its role, "base" or "model", in the page's order."""
+        return [(checkpoint, role) for checkpoint, role in self._sources.roles if role in ("base", "model")]
 
     @property
     def vocabulary(self) -> dict[str, Any] | None:
@@ -346,16 +354,29 @@ def open_plan(
 
     Raises:
         PageError: the page asks for something its models can't give.
-        CheckpointError: a model can't be read, the models don't fit each other, or `out` exists.
+        CheckpointError: a model can't be read, the models don't fit each other, or `out` exists or is one of
+            the inputs.
+        InputError: no such device.
     """
     if out is not None and os.path.lexists(out) and not overwrite:
         raise CheckpointError(f"{out}: exists already; choose another output or pass --overwrite")
+    if device.partition(":")[0] not in _DEVICES:
+        raise InputError(f"device: no device `{device}`; expected {', '.join(_DEVICES)}")
     sources = open_sources(config)
     try:
+        if out is not None:
+            _check_place(Path(out).resolve(), sources)
         return MergePlan(config, sources, out, overwrite=overwrite, threads=threads, device=device)
     except BaseException:
         sources.close()
         raise
+
+
+def _check_place(out: Path, sources: Sources) -> None:
+    """Refuse an output that would replace an input, or a folder that holds one."""
+    for folder, name in sources.folders():
+        if folder.resolve().is_relative_to(out):
+            raise CheckpointError(f"{out}: holds {name}, an input of this merge; choose another output")
 
 
 def _object(file: Path | bytes) -> dict[str, Any]:

@@ -130,6 +130,18 @@ class Sources:
             else:
                 yield from self._plain_parts(module, slices[0])
 
+    def folders(self) -> Iterator[tuple[Path, str]]:
+        """The folders that the merge reads, with the names of what is in them."""
+        for checkpoint in self._opened.values():
+            yield checkpoint.path, checkpoint.name
+            for file in checkpoint.descriptors():  # an adapter's base lies elsewhere
+                yield file.parent, checkpoint.name
+        for measured in self.statistics.values():
+            yield measured.checkpoint.path, "the statistics"
+        if self.alignment is not None and self.alignment.output.files is not None:
+            for file in self.alignment.output.files.values():
+                yield file.parent, "the tokenizer"
+
     def close(self) -> None:
         """Close all checkpoints."""
         while self._opened:

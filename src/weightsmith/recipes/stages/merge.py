@@ -151,7 +151,7 @@ class Merge:
         """See `contract.Stage`. Options of one length in print make the size exact whichever wins."""
         grid = self._grid()
         longest = max(grid, key=lambda options: len(json.dumps(options)), default={})
-        with plan_merge(self._located(models, longest, workspace), device=self.extras.device) as plan:
+        with plan_merge(self._located(models, longest, workspace), device=self._merge_device) as plan:
             standin = write_standin(
                 workspace.checkpoint, plan.specs, side_files=plan.side_files, lineage=plan.lineage
             )
@@ -184,10 +184,15 @@ class Merge:
             outputs["search"] = SEARCH
             chosen = best(trials).options
         body = self._located(models, chosen, workspace)
-        made = merge(body, workspace.checkpoint, device=self.extras.device, progress=progress, overwrite=True)
+        made = merge(body, workspace.checkpoint, device=self._merge_device, progress=progress, overwrite=True)
         measured = diagnose(body, tensors=made.tensors, progress=progress)
         write_json(workspace.folder / DIAGNOSTICS, {**measured, "warnings": list(made.warnings)})
         return Done(outputs, {**self.identity(), **chosen})
+
+    @property
+    def _merge_device(self) -> str:
+        """Trials may be scored on a GPU although the method computes on the CPU."""
+        return self.extras.device if self._is_spectral else "auto"
 
     @property
     def _is_spectral(self) -> bool:

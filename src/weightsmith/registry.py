@@ -24,7 +24,8 @@ class MethodCard:
         id: The name in recipes and on the command line.
         name: The name in print.
         paper: arXiv id, or an empty string for folklore.
-        room: The wing that holds it.
+        room: The wing that holds it; with the room inside the wing where it is not one of the wing's plain
+            methods (a merge page can name all of `merging`, but not `merging/mediator`).
         target: `module:object` of its public part.
         purpose: What it is for, one line.
         verdict: What our evidence shows. `peer` is a baseline with no claim of ours; `open` has none yet.
@@ -229,6 +230,15 @@ METHODS: tuple[MethodCard, ...] = (
         "2405.17461",
         "Emr",
         "One elected change, masked and rescaled for each task: a folder for each.",
+    ),
+    MethodCard(
+        id="mediator",
+        name="Mediator",
+        paper="2502.04411",
+        room="merging/mediator",
+        target="weightsmith.merging.mediator.model:Mediator",
+        purpose="Average the blocks on which fine-tunes agree, route to sparse experts of the others.",
+        verdict="open",
     ),
     _training(
         "adagc",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weightsmith.evaluation.models import load_model
+    from weightsmith.evaluation.prompts import prompts
     from weightsmith.evaluation.score import Score
     from weightsmith.evaluation.scoring import evaluate
     from weightsmith.evaluation.tasks import TaskConfig, check_tasks, task_names
@@ -19,10 +20,11 @@ _HOMES = {
     "check_tasks": "tasks",
     "evaluate": "scoring",
     "load_model": "models",
+    "prompts": "prompts",
     "task_names": "tasks",
 }
 
-__all__ = ["Score", "TaskConfig", "check_tasks", "evaluate", "load_model", "task_names"]
+__all__ = ["Score", "TaskConfig", "check_tasks", "evaluate", "load_model", "prompts", "task_names"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,14 +5,18 @@ token is predicted too. It is read in windows of `length` tokens that advance by
 window scores the tokens that no window before it scored. So every token is scored once, with at least `length
 / 2` tokens of context wherever the text has them, and the last window is moved back to end with the text.
 
+A model with a method `for_prompts(prompts)`, a context manager, is told the prompts that what it scores goes
+on
+from: a mediated model chooses its experts by them.
+
 Letters  B windows, L tokens of a window, K scored positions at its end, V vocabulary
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -102,7 +106,10 @@ def text_nats(
             [sequences[w.text][w.start + 1 + width - keep : w.start + 1 + width] for w in batch]
         )
         counted_BK = np.arange(keep) >= keep - np.array([[w.scored] for w in batch])
-        logits_BKV = _logits(model, torch.from_numpy(inputs_BL), keep)
+        # A text is one request, whose prompt is as long as the context that every scored token has at least.
+        begins = [sequences[w.text][: max(1, length // 2)].tolist() for w in batch]
+        with _deciding(model, begins):
+            logits_BKV = _logits(model, torch.from_numpy(inputs_BL), keep)
         nats_BK = torch.nn.functional.cross_entropy(
             logits_BKV.flatten(0, 1).float(),
             torch.from_numpy(targets_BK).flatten().to(logits_BKV.device),
@@ -131,7 +138,8 @@ def answers(
         for row, index in enumerate(batch):
             ids = [*pairs[index][0], *pairs[index][1]]
             rows_BL[row, : len(ids)] = ids
-        logits_BKV = _logits(model, torch.from_numpy(rows_BL), keep).float().cpu()
+        with _deciding(model, [list(pairs[index][0]) for index in batch]):
+            logits_BKV = _logits(model, torch.from_numpy(rows_BL), keep).float().cpu()
         found = []
         for row, index in enumerate(batch):
             prompt, answer = pairs[index]
@@ -148,13 +156,17 @@ def _logits(model: Any, inputs_BL: torch.Tensor, keep: int) -> torch.Tensor:
     import torch
 
     with torch.inference_mode():
-        options = {"logits_to_keep": keep} if _takes_logits_to_keep(type(model)) else {}
+        options = {"logits_to_keep": keep} if _takes_logits_to_keep(model) else {}
         return model(input_ids=inputs_BL.to(model.device), use_cache=False, **options).logits[:, -keep:]
 
 
-@functools.cache
-def _takes_logits_to_keep(model_class: type) -> bool:
-    return "logits_to_keep" in inspect.signature(model_class.forward).parameters
+def _deciding(model: Any, prompts: list[list[int]]) -> AbstractContextManager[Any]:
+    """A model that chooses its weights for each sequence chooses by the prompts, never by the answers."""
+    return model.for_prompts(prompts) if hasattr(model, "for_prompts") else nullcontext()
+
+
+def _takes_logits_to_keep(model: Any) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def _batch_size(model: Any, length: int) -> int:

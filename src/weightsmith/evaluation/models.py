@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.errors import CheckpointError, InputError, require
+from weightsmith.registry import load
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OPENED_BY = {"weightsmith/mediator.json": "mediator"}
+"""A file beside weights -> the method that opens its folder; a plain loader would leave parts of it out."""
 
 SMALL_MODEL = 10_000_000  # parameters; below, a second thread costs more than it brings
 
@@ -37,6 +41,9 @@ def load_model(
         folder, name = checkpoint.path, checkpoint.name
     on = choose_device(device)
     wanted = ("float32" if on.type == "cpu" else "auto") if dtype == "auto" else dtype
+    for file, method in OPENED_BY.items():
+        if (folder / file).is_file():
+            return load(method).from_pretrained(folder, dtype=wanted).to(on), load_tokenizer(folder)
     with without_bars():
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=wanted)

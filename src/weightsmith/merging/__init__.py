@@ -13,10 +13,24 @@ if TYPE_CHECKING:
     from weightsmith.merging.config import MergeConfig, parse_merge, read_merge_page
     from weightsmith.merging.diagnostics import diagnose
     from weightsmith.merging.measuring import measure
+    from weightsmith.merging.mediator import (
+        Mediator,
+        MediatorConfig,
+        RouterConfig,
+        build_mediator,
+        conflict_profile,
+        plan_mediator,
+    )
     from weightsmith.merging.memory import merge_state_dicts, merge_tensors
     from weightsmith.merging.plan import MergePlan
 
 _HOMES = {
+    "plan_mediator": "mediator",
+    "conflict_profile": "mediator",
+    "build_mediator": "mediator",
+    "RouterConfig": "mediator",
+    "MediatorConfig": "mediator",
+    "Mediator": "mediator",
     "MergeConfig": "config",
     "MergePlan": "plan",
     "MergeReport": "api",
@@ -32,16 +46,22 @@ _HOMES = {
 }
 
 __all__ = [
+    "Mediator",
+    "MediatorConfig",
     "MergeConfig",
     "MergePlan",
     "MergeReport",
+    "RouterConfig",
     "average",
+    "build_mediator",
+    "conflict_profile",
     "diagnose",
     "measure",
     "merge",
     "merge_state_dicts",
     "merge_tensors",
     "parse_merge",
+    "plan_mediator",
     "plan_merge",
     "read_merge_page",
 ]

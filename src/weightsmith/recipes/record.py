@@ -102,7 +102,8 @@ def content_digest(path: Path) -> str:
     with Checkpoint.open(path) as checkpoint:
         prints = {"weights": checkpoint.fingerprint(full=weights <= _SMALL)}
     for file in sorted(path.rglob("*")):
-        if file.is_file() and file.suffix != ".safetensors":
+        # Tensors in a folder of ours are no part of the weights that were hashed above.
+        if file.is_file() and (file.suffix != ".safetensors" or file.parent != path):
             prints[file.relative_to(path).as_posix()] = file_digest(file)
     return digest(prints)
 

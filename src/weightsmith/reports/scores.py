@@ -30,7 +30,7 @@ ROLE_TITLES: dict[Role, tuple[str, str]] = {
     "model": ("Other model", "Other models"),
 }
 Models = Mapping[str, Mapping[str, Mapping[str, Any]]]  # model -> task -> score
-MERGE_KINDS = ("merge", "average")
+MERGE_KINDS = ("merge", "mediate", "average")
 TRAINING_KINDS = ("train", "finetune")
 UNITS = {"bits_per_character": "bits", "bits_per_byte": "bits", "perplexity": ""}
 

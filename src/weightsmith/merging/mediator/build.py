@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.checkpoints import CheckpointWriter, TensorSpec
+from weightsmith.checkpoints import CheckpointWriter, Lineage, TensorSpec
 from weightsmith.errors import CheckpointError, InputError
 from weightsmith.merging.api import plan_merge
 from weightsmith.merging.engine import execute
 from weightsmith.merging.mediator import sparse
 from weightsmith.merging.mediator.family import Experts, Family, block_of
 from weightsmith.merging.mediator.options import MediatorConfig
-from weightsmith.merging.mediator.plan import MediatorPlan, split_blocks
+from weightsmith.merging.mediator.plan import MediatorPlan, PlannedBlock, split_blocks
 from weightsmith.merging.mediator.profile import HEAD, head_of, profile_family
 from weightsmith.merging.mediator.store import (
     FACTS,
@@ -129,6 +129,68 @@ def build_mediator(
         )
 
 
+@dataclass(frozen=True)
+class Foreseen:
+    """What a build will write, as far as headers tell.
+
+    Attributes:
+        specs: Tensors of the checkpoint itself.
+        side_files: What it carries beside them.
+        lineage: What its `weightsmith.json` will say, but for the routed blocks.
+        config: Its config.json.
+        expert_bytes: Bytes of all experts, with as many routed blocks as the options allow.
+        warnings: What the user should know.
+    """
+
+    specs: list[TensorSpec]
+    side_files: dict[str, Path | bytes]
+    lineage: Lineage
+    config: dict[str, Any]
+    expert_bytes: int
+    warnings: tuple[str, ...]
+
+
+def foreseen(base: str | Path, experts: Experts, config: MediatorConfig) -> Foreseen:
+    """What `build_mediator` would write at most; reads no weights. Raises as `build_mediator`."""
+    with Family(base, experts) as family:
+        count = len(family.blocks)
+        most = config.max_routed if config.max_routed is not None else max(1, count // 2)
+        if config.n_routed is not None:
+            most = config.n_routed
+        elif config.threshold is not None or config.memory_budget is not None:
+            most = count
+        if most > count:
+            raise InputError(f"{most} routed blocks asked for, the model has {count}; expected 0..{count}")
+        names = [*family.blocks][:most] + [HEAD] * config.route_head
+        plan = MediatorPlan(
+            base=family.base.name,
+            tasks=family.tasks,
+            blocks=tuple(
+                PlannedBlock(
+                    block=name,
+                    decision="routed" if name in names else "averaged",
+                    conflict=0.0,
+                    overlap=0.0,
+                    low_support=False,
+                    bytes=0,
+                )
+                for name in (*family.blocks, *([HEAD] if config.route_head else []))
+            ),
+            bytes=0,
+        )
+        # How far densities are raised only the weights can tell.
+        builder = _Builder(family, dataclasses.replace(config, max_rel_err=None), plan, 1, SILENT)
+        side = {**family.plan.side_files, **builder.untied_config(), FACTS: builder.facts({})}
+        return Foreseen(
+            builder.specs,
+            side,
+            lineage_of(config, builder.plan, family.plan.lineage.inputs),
+            family.base.config,
+            sum(builder.expert_bytes.values()),
+            (*family.plan.warnings, *builder.warnings),
+        )
+
+
 class _Builder:
     """One build: which tensors are routed, how each difference is stored, and the writing."""
 
@@ -171,14 +233,7 @@ class _Builder:
 
     def write(self, out: Path, *, overwrite: bool) -> dict[str, dict[str, float]]:
         """Write the folder; returns the relative errors."""
-        family, config = self.family, self.config
-        tasks = dict(zip(family.tasks, family.experts, strict=True))
-        prints = family.fingerprints
-        sources = {task: (checkpoint.name, prints[task]) for task, checkpoint in tasks.items()}
-
-        def facts(errors: dict[str, dict[str, float]]) -> bytes:
-            return facts_bytes(config, self.plan, sources, errors, family.tasks, has_router=False)
-
+        family, config, facts = self.family, self.config, self.facts
         parts = {
             expert_file(task): [
                 spec for tensor, form in forms.items() for spec in part_specs(tensor, task, form)
@@ -186,7 +241,7 @@ class _Builder:
             for task, forms in self.forms.items()
             if forms
         }
-        side = {**family.plan.side_files, **self._untied_config(), FACTS: facts({})}
+        side = {**family.plan.side_files, **self.untied_config(), FACTS: facts({})}
         lineage = lineage_of(config, self.plan, family.plan.lineage.inputs)
         with CheckpointWriter(
             out, self.specs, side_files=side, lineage=lineage, overwrite=overwrite, parts=parts
@@ -196,6 +251,15 @@ class _Builder:
             writer.set_side_file(FACTS, facts(errors))
             writer.commit()
         return errors
+
+    def facts(self, errors: dict[str, dict[str, float]]) -> bytes:
+        """The content of `mediator.json`."""
+        family, prints = self.family, self.family.fingerprints
+        sources = {
+            task: (checkpoint.name, prints[task])
+            for task, checkpoint in zip(family.tasks, family.experts, strict=True)
+        }
+        return facts_bytes(self.config, self.plan, sources, errors, family.tasks, has_router=False)
 
     def _routed(self, plan: MediatorPlan) -> list[Output]:
         family = self.family
@@ -220,7 +284,8 @@ class _Builder:
             routed.append(head)
         return routed
 
-    def _untied_config(self) -> dict[str, bytes]:
+    def untied_config(self) -> dict[str, bytes]:
+        """The config.json of a model whose head was untied; nothing where it was not."""
         if not self.untied:
             return {}
         body: dict[str, Any] = {**self.family.base.config, "tie_word_embeddings": False}

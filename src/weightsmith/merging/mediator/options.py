@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from weightsmith.errors import InputError
 
@@ -21,6 +21,8 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """How a request finds its experts."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     feature: Literal["hidden", "last_token", "embedding", "text"] = "hidden"
     """What the router sees of a prompt: the `hidden` state after a block, mean over its tokens; that of the

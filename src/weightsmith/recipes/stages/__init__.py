@@ -12,6 +12,7 @@ KINDS: dict[str, str] = {
     "train": "weightsmith.recipes.stages.train:Train",
     "finetune": "weightsmith.recipes.stages.finetune:Finetune",
     "merge": "weightsmith.recipes.stages.merge:Merge",
+    "mediate": "weightsmith.recipes.stages.mediate:Mediate",
     "average": "weightsmith.recipes.stages.average:Average",
     "evaluate": "weightsmith.recipes.stages.evaluate:Evaluate",
 }

@@ -72,8 +72,7 @@ class LightPerturbation(LightSAM):
     def __init__(self, params: Any, lr: float, rho: float) -> None:
         super().__init__(params, lr, rho, variant="I")
 
-    def _descend(self, pieces: Any, norm: Any, copies: Any, skip: Any) -> None:
-        self._put_back(list(copies))
+    def _descend(self, pieces: Any, norm: Any, skip: Any) -> None:
         for piece in pieces:
             piece.value.sub_(piece.gradient, alpha=piece.group["lr"])
 

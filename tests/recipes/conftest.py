@@ -43,8 +43,8 @@ stages:
       sharpness: {lightsam: {betas: [0.9, 0.95]}}
       average: {keep: {start: 0.25, every: 1}}
   one: {finetune: {<<: *short, model: base, sharpness: sam, average: {ema: {start: 0.2, every: 1}}}}
-  merged: {average: {states: base, method: {sewa: {num_select: 2, steps: 6}}}}
-  scores: {evaluate: {models: [base, one, merged], tasks: [FOLDER/a.txt, FOLDER/b.txt]}}
+  merged: {average: {states: base, method: {sewa: {num_select: 2, steps: 6, held_out: FOLDER/b.txt}}}}
+  scores: {evaluate: {models: [base, one, merged], tasks: [FOLDER/a.txt]}}
 """
 
 

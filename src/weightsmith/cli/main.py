@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the machine or a stage failed, 2 the input is wrong, 130 i
 from __future__ import annotations
 
 import logging
+import gc
 import os
 import sys
 from typing import Annotated, Any
@@ -87,6 +88,7 @@ def main() -> None:
             raise
         message, code = _described(error)
         print(f"error: {message}", file=sys.stderr)
+    gc.freeze()  # what is alive now lives to the end: nothing to collect on the way out
     sys.exit(code)
 
 

@@ -5,8 +5,8 @@ Exit codes: 0 done, 1 the machine or a stage failed, 2 the input is wrong, 130 i
 
 from __future__ import annotations
 
-import logging
 import gc
+import logging
 import os
 import sys
 from typing import Annotated, Any

@@ -34,7 +34,7 @@ MOST = 0.3  # of the mixture, for one skill: with more, the last ones would be m
 SHARES = {"add": 1.2, "reverse": 0.7, "sort": 0.5, "lookup": 2.0, "maximum": 0.25, "count": 0.8}
 LEAST = 0.1  # of its first share: without any, a skill would be forgotten
 # Parts of the way from chance to mastery:
-ENOUGH, TOO_MUCH = 0.18, 0.5  # all skills are between: the learning rate may fall
+ENOUGH, TOO_MUCH = 0.1, 0.6  # all skills are between: the learning rate may fall
 TARGET = 0.22  # a skill that is here is down to the least share
 CEILING = 0.3  # above, it pauses: it will still gain while the learning rate falls
 # Where every skill has to be in the end, so that the gate holds on other questions: above chance, and in all.

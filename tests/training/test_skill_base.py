@@ -56,6 +56,11 @@ def test_a_skill_at_the_target_keeps_a_little_and_above_the_ceiling_nothing():
     assert "count" not in shares(**at("count", CEILING + 1e-9))
 
 
+def test_a_waiting_skill_gets_nothing():
+    found = mixture_for(dict.fromkeys(SKILLS, 0.0), ["reverse"])
+    assert {source.source for source in found} == {*DOMAINS, *SKILLS} - {"reverse"}
+
+
 def test_when_all_skills_are_learnt_the_domains_have_everything():
     found = mixture_for(dict.fromkeys(SKILLS, 1.0))
     assert {source.source: source.weight for source in found} == dict.fromkeys(DOMAINS, 0.25)
@@ -69,21 +74,28 @@ def short(monkeypatch):
 
 
 def scored(monkeypatch, *rounds):
-    """Let every skill be this far on its way after each round, and as last told from then on."""
-    parts = list(rounds)
+    """Let every skill be this far on its way whenever it is asked, and as last told from then on."""
+    told = list(rounds)
 
     def evaluate(*args, **options):
-        part = parts.pop(0) if len(parts) > 1 else parts[0]
-        return {skill: SimpleNamespace(value=at(skill, part)[skill]) for skill in SKILLS}
+        part = told.pop(0) if len(told) > 1 else told[0]
+        parts = part if isinstance(part, dict) else dict.fromkeys(SKILLS, part)
+        return {skill: SimpleNamespace(value=at(skill, parts[skill])[skill]) for skill in SKILLS}
 
     monkeypatch.setattr(skill_base, "evaluate", evaluate)
 
 
-def rates_of(base):
-    """The learning rate of each round that led to a base, relative to the first and to the slow decline."""
+def lineages_of(base):
+    """Each round that led to a base."""
     lineages = [read_lineage(base)]
     while lineages[0].inputs:
         lineages.insert(0, lineages[0].inputs[0].lineage)
+    return lineages
+
+
+def rates_of(base):
+    """The learning rate of each round that led to a base, relative to the first and to the slow decline."""
+    lineages = lineages_of(base)
     assert {lineage.parameters["steps"] for lineage in lineages} == {2}
     rates = [lineage.parameters["learning_rate"] for lineage in lineages]
     return [rate / 1e-3 * (1 + number / 16) ** 0.5 for number, rate in enumerate(rates)]
@@ -116,18 +128,70 @@ def test_a_fall_that_leaves_no_room_is_taken_back(short, end, tmp_path, monkeypa
     assert rates_of(tmp_path / "base") == pytest.approx([1.0, 1.0, *FALL])
 
 
-def test_a_killed_base_goes_on_from_its_last_round(short, tmp_path, monkeypatch):
-    train_skill_base(CONFIG, "testbed/xs", tmp_path / "whole", workdir=tmp_path / "work", seed=0)
+EARLY = {**dict.fromkeys(SKILLS, HALF), "reverse": ALL, "add": NONE}
 
-    def die(*args, **options):
-        raise KeyboardInterrupt
+
+def test_a_round_in_which_a_skill_is_mastered_is_trained_again_without_it(short, tmp_path, monkeypatch):
+    late = {**dict.fromkeys(SKILLS, HALF), "add": NONE}
+    gone = {**late, "reverse": NONE}
+    # The first round; the second as it came and without `reverse`; a third without it; a fourth with it.
+    scored(monkeypatch, NONE, EARLY, late, gone, HALF)
+    train_skill_base(CONFIG, "testbed/xs", tmp_path / "base", workdir=tmp_path / "work", seed=0)
+    assert rates_of(tmp_path / "base") == pytest.approx([1.0, 1.0, 1.0, 1.0, *FALL])
+    trained_on = [
+        [source["source"] for source in lineage.parameters["data"]]
+        for lineage in lineages_of(tmp_path / "base")[:4]
+    ]
+    assert [("reverse" in sources) for sources in trained_on] == [True, False, False, True]
+
+
+def test_a_skill_that_is_mastered_though_it_got_nothing_is_let_be(short, tmp_path, monkeypatch):
+    scored(monkeypatch, NONE, EARLY, EARLY, HALF)
+    train_skill_base(CONFIG, "testbed/xs", tmp_path / "base", workdir=tmp_path / "work", seed=0)
+    assert rates_of(tmp_path / "base") == pytest.approx([1.0, 1.0, 1.0, *FALL])
+
+
+def by_what_was_trained(base, *args, **options):
+    """Scores of a round, from what went before it: `reverse` is mastered in the second unless it waits."""
+    rounds = lineages_of(base)
+    sources = {source["source"] for source in rounds[-1].parameters["data"]}
+    parts = dict.fromkeys(SKILLS, HALF if len(rounds) > 2 else NONE)
+    if len(rounds) == 2:
+        parts["reverse"] = ALL if "reverse" in sources else HALF
+    if len(rounds) == 7:  # the end of the first fall
+        parts["sort"] = ALL
+    return {skill: SimpleNamespace(value=at(skill, part)[skill]) for skill, part in parts.items()}
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("at_round", [2, 7])
+def test_a_killed_base_goes_on_from_its_last_round(short, at_round, kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(skill_base, "evaluate", by_what_was_trained)
+    train_skill_base(CONFIG, "testbed/xs", tmp_path / "whole", workdir=tmp_path / "work", seed=0)
+    assert len(rates_of(tmp_path / "whole")) == 4 + len(FALL)
+
+    calls = 0
+    dying = "keep" if kept else "finetune"
+    owner = skill_base._Round if kept else skill_base
+    whole = getattr(owner, dying)
+
+    def die_after(*args, **options):
+        nonlocal calls
+        calls += 1
+        whole(*args, **options)
+        if calls == at_round:
+            raise KeyboardInterrupt
 
     arguments = (CONFIG, "testbed/xs", tmp_path / "killed")
     with monkeypatch.context() as patch:
-        patch.setattr(skill_base, "finetune", die)
+        patch.setattr(owner, dying, die_after)
         with pytest.raises(KeyboardInterrupt):
             train_skill_base(*arguments, workdir=tmp_path / "work", seed=0)
-    monkeypatch.setattr(skill_base, "train", die)  # the first round is there
+
+    def never(*args, **options):
+        raise AssertionError("the first round is there")
+
+    monkeypatch.setattr(skill_base, "train", never)
     train_skill_base(*arguments, workdir=tmp_path / "work", seed=0)
     for file in ("model.safetensors", "weightsmith.json"):
         assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

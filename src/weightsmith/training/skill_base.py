@@ -5,7 +5,8 @@ skill: no fixed mixture and number of steps leaves all six half-learnt. So after
 scored on the calibration pool, and a skill's share of the next round is what it still lacks. When all of them
 have left chance behind, the learning rate falls to its end within a few more rounds, in which every skill
 still gains, some of them all there was to gain. Then those rounds are taken back, and the base goes on as if
-they had not been.
+they had not been. So is a round in which a skill was mastered all at once: it is trained again without that
+skill, which then waits for the others.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from weightsmith.evaluation import evaluate
-from weightsmith.runs.atomic import sync_folder
+from weightsmith.runs.atomic import read_json, sync_folder, write_json
 from weightsmith.runs.seeds import derive
 from weightsmith.testbed import DOMAINS, SKILLS, chance
 from weightsmith.training.config import FinetuneConfig, TrainConfig
@@ -42,17 +43,18 @@ ABOVE_CHANCE, BELOW = 0.15, 0.70
 ITEMS = 400  # questions of each skill after each round
 
 
-def mixture_for(scores: Mapping[str, float]) -> tuple[DataSource, ...]:
+def mixture_for(scores: Mapping[str, float], waiting: Collection[str] = ()) -> tuple[DataSource, ...]:
     """The domains evenly, and each skill by what it lacks to `TARGET`.
 
     Args:
         scores: Exact match of every skill on the calibration pool.
+        waiting: Skills that get nothing, whatever they lack.
     """
     learnt = {skill: _learnt(skill, value) for skill, value in scores.items()}
     lacking = {
         skill: SHARES[skill] * min(1.0, max(LEAST, 1 - part / TARGET))
         for skill, part in learnt.items()
-        if part < CEILING
+        if part < CEILING and skill not in waiting
     }
     total = sum(lacking.values())
     skills = {skill: min(MOST, SKILL_SHARE * lack / total) for skill, lack in lacking.items()}
@@ -79,60 +81,82 @@ def train_skill_base(
     out, workdir = Path(out), Path(workdir)
     steps = min(ROUND_STEPS, config.steps)
     this = dataclasses.replace(config, steps=steps, schedule="constant")
-    last = max((_Round.of(folder) for folder in workdir.glob("round-*")), default=None)
-    if last is None:
-        last = _Round(0, 0)
-        train(this, model, last.folder(workdir), workdir=workdir / "work", seed=derive(seed, 0))
-    scores = _scores(last.folder(workdir))
     further = FinetuneConfig(**vars(this) | {"warmup_steps": 10})
+    last = _Round.read(workdir)
+    if last is None:
+        last = _Round()
+        train(this, model, last.folder(workdir), workdir=workdir / "work", seed=derive(seed, 0, 0))
+    last.keep(workdir)
+    scores = _scores(last.folder(workdir))
     while True:
         spent = (last.number + 1) * steps >= config.steps
         if last.falls == len(FALL):
             if spent or _have_room(scores):
                 break
-            _remove(last.folder(workdir))
-            last = _Round(last.number, 0)
+            last = last._replace(falls=0, fell=True)
+            last.keep(workdir)
             scores = _scores(last.folder(workdir))
-            following = _Round(last.number + 1, 0)
-        elif last.falls or spent or _may_fall(scores):
-            following = _Round(last.number, last.falls + 1)
+            continue
+        if last.falls or spent or (_may_fall(scores) and not last.fell):
+            following = last._replace(falls=last.falls + 1)
         else:
-            following = _Round(last.number + 1, 0)
+            following = last._replace(number=last.number + 1, fell=False)
         rate = (config.learning_rate or 0.0) / math.sqrt(1 + (following.number + following.falls) / 16)
         if following.falls:
             rate *= FALL[following.falls - 1]
-        this = dataclasses.replace(further, data=mixture_for(scores), learning_rate=rate)
+        data = mixture_for(scores, last.waiting)
+        this = dataclasses.replace(further, data=data, learning_rate=rate)
         before, after = last.folder(workdir), following.folder(workdir)
-        finetune(this, before, after, workdir=workdir / "work", seed=derive(seed, *following))
-        if following.falls != 1:  # what the learning rate falls from is kept: the fall may be taken back
-            _remove(before)
-        last, scores = following, _scores(after)
+        own_seed = derive(seed, following.number, following.falls)
+        finetune(this, before, after, workdir=workdir / "work", seed=own_seed)
+        found = _scores(after)
+        learnt = {skill: _learnt(skill, value) for skill, value in found.items()}
+        mastered = {source.source for source in data if learnt.get(source.source, 0.0) > TOO_MUCH}
+        if mastered and not following.falls:
+            last = last._replace(waiting=tuple(sorted(mastered.union(last.waiting))))
+        else:
+            waiting = tuple(skill for skill in last.waiting if learnt[skill] >= ENOUGH)
+            last, scores = following._replace(waiting=waiting), found
+        last.keep(workdir)
     os.rename(last.folder(workdir), out)
     sync_folder(out.parent)
     shutil.rmtree(workdir)
 
 
 class _Round(NamedTuple):
-    """A finished round: its number, and how often the learning rate has fallen since."""
+    """A finished round.
 
-    number: int
-    falls: int
+    Attributes:
+        number: How many went before, those of a fall not counted.
+        falls: How often the learning rate has fallen since.
+        waiting: Skills that would be mastered too early; they get nothing until they are nearly forgotten.
+        fell: Whether the learning rate has fallen from here, and left no room.
+    """
+
+    number: int = 0
+    falls: int = 0
+    waiting: tuple[str, ...] = ()
+    fell: bool = False
 
     @classmethod
-    def of(cls, folder: Path) -> _Round:
-        number, falls = folder.name.removeprefix("round-").split(".")
-        return cls(int(number), int(falls))
+    def read(cls, workdir: Path) -> _Round | None:
+        """The last one that was kept."""
+        file = workdir / "round.json"
+        if not file.exists():
+            return None
+        fields = read_json(file)
+        return cls(**fields | {"waiting": tuple(fields["waiting"])})
 
     def folder(self, workdir: Path) -> Path:
         return workdir / f"round-{self.number}.{self.falls}"
 
-
-def _remove(folder: Path) -> None:
-    """Remove a round, so that a killed call never finds half of it."""
-    going = folder.with_name("removed")
-    shutil.rmtree(going, ignore_errors=True)
-    os.rename(folder, going)
-    shutil.rmtree(going)
+    def keep(self, workdir: Path) -> None:
+        """Note that a killed call goes on from here; remove the rounds that nothing will start from."""
+        write_json(workdir / "round.json", self._asdict())
+        start = self._replace(falls=0)  # a fall may be taken back
+        needed = {self.folder(workdir), start.folder(workdir)}
+        for folder in set(workdir.glob("round-*")) - needed:
+            shutil.rmtree(folder)
 
 
 def _may_fall(scores: Mapping[str, float]) -> bool:

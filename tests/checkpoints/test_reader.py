@@ -126,6 +126,9 @@ def test_a_file_cut_after_opening_is_one_line(write_model, rng):
             file.truncate(2000)
         with pytest.raises(CheckpointError, match=r"file of tensor `w` ended \d+ bytes early"):
             checkpoint.read("w")
+        assert checkpoint.read_pieces("w", [0, 8], 8) == checkpoint.read_raw("w", 0, 4).tobytes()
+        with pytest.raises(CheckpointError, match=r"file of tensor `w` ended \d+ bytes early"):
+            checkpoint.read_pieces("w", [0, 3000], 8)
 
 
 def test_side_files_are_copied_and_weights_pickle_and_lineage_never(write_model, tensors):

@@ -116,7 +116,7 @@ def _samples(checkpoint: Checkpoint, name: str) -> bytes:
         return checkpoint.read_bytes(name, 0, size).tobytes()
     last = size - SAMPLE_BYTES
     places = [last * number // (SAMPLES - 1) for number in range(SAMPLES)]
-    return b"".join(checkpoint.read_bytes(name, place, SAMPLE_BYTES).tobytes() for place in places)
+    return checkpoint.read_pieces(name, places, SAMPLE_BYTES)
 
 
 def _checksum(checkpoint: Checkpoint, name: str) -> Checksum:

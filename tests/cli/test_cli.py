@@ -39,7 +39,7 @@ def models(tmp_path_factory):
     return folder
 
 
-COMMANDS = ("run", "merge", "average", "evaluate", "inspect", "trace", "report", "methods")
+COMMANDS = ("run", "merge", "average", "evaluate", "inspect", "trace", "report", "evidence", "methods")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from weightsmith import __version__
-from weightsmith.cli import average, evaluate, inspect, merge, methods, report, run, stats, trace
+from weightsmith.cli import average, evaluate, evidence, inspect, merge, methods, report, run, stats, trace
 from weightsmith.errors import WeightsmithError
 
 
@@ -70,7 +70,7 @@ def options(
         raise typer.Exit(2)
 
 
-for command in (run, merge, average, stats, evaluate, inspect, trace, report, methods):
+for command in (run, merge, average, stats, evaluate, inspect, trace, report, evidence, methods):
     command.register(app)
 
 

@@ -1,4 +1,4 @@
-"""Reports: a run folder -> one self-contained HTML page.
+"""Reports: a run folder, or the results of an evidence -> one self-contained HTML page.
 
 The page opens from disk without a network and without scripts: inline CSS, inline SVG. It is drawn from what
 the run folder holds and from nothing else, so a partial run gives a partial page and the same folder gives
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["plot_decay", "write_report"]
+__all__ = ["draw_figures", "plot_decay", "write_evidence_page", "write_report"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,6 +18,14 @@ def __getattr__(name: str) -> Any:
         from weightsmith.reports.page import write_report
 
         return write_report
+    if name == "write_evidence_page":
+        from weightsmith.reports.evidence import write_evidence_page
+
+        return write_evidence_page
+    if name == "draw_figures":
+        from weightsmith.reports.comparison import draw_figures
+
+        return draw_figures
     if name == "plot_decay":
         from weightsmith.reports.decay import plot_decay
 

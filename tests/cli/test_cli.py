@@ -74,6 +74,37 @@ def test_a_merge_from_page_to_folder_to_family_tree(models, tmp_path):
     assert seen["norms"]["model.layers.0.w"]["rms"] == 0.5
 
 
+def test_all_methods_make_a_folder_with_a_page_that_needs_nothing_else(models, tmp_path):
+    out = tmp_path / "all"
+    checked = weightsmith(
+        "merge", "merge.yml", out, "--method", "linear", "--method", "karcher", "--check", cwd=models
+    )
+    assert "2 methods:" in checked.stdout
+    assert not out.exists()
+    args = ("merge", "merge.yml", out, "--method", "linear", "--method", "karcher")
+    made = weightsmith(*args, cwd=models)
+    assert made.returncode == 0, made.stderr
+    assert weightsmith("merge", "merge.yml", tmp_path / "linear", cwd=models).returncode == 0
+    weights = "model.safetensors"
+    assert (out / "linear" / weights).read_bytes() == (tmp_path / "linear" / weights).read_bytes()
+    page = (out / "report.html").read_text()
+    assert "karcher" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert "<script" not in page
+    told = json.loads(weightsmith(*args, "--json", cwd=models).stdout)
+    assert [entry["method"] for entry in told["methods"]] == ["linear", "karcher"]
+    assert told["finished"]
+    assert json.loads((out / "comparison.json").read_text())["cosine"] == told["cosine"]
+    (out / "report.html").unlink()
+    assert weightsmith("report", out).returncode == 0
+    assert (out / "report.html").read_text() == page
+
+
+def test_a_single_method_takes_the_place_of_the_pages(models, tmp_path):
+    made = weightsmith("merge", "matrices.yml", tmp_path / "out", "--method", "linear", "--json", cwd=models)
+    assert json.loads(made.stdout)["method"] == "linear"
+
+
 def test_average_is_the_linear_merge(models, tmp_path):
     assert weightsmith("average", models / "a", models / "b", tmp_path / "mean").returncode == 0
     assert weightsmith("merge", "merge.yml", tmp_path / "linear", cwd=models).returncode == 0
@@ -91,6 +122,9 @@ def test_average_is_the_linear_merge(models, tmp_path):
         (("report", "./nowhere"), "nowhere"),
         (("average", "a", "out"), "two states"),
         (("merge", "merge.yml", "out", "--threads", "0"), "--threads"),
+        (("merge", "merge.yml", "out", "--method", "liner"), "did you mean `linear`?"),
+        (("merge", "merge.yml", "out", "--evaluate", "docs"), "--evaluate: is for comparisons"),
+        (("merge", "merge.yml", "out", "--keep", "best", "--method", "all"), "`best` needs tasks"),
         (("merge", "matrices.yml", "out", "--device", "banana"), "no device `banana`"),
         (("evaluate", "./nowhere", "--task", "source"), "nowhere"),
     ],

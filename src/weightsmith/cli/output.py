@@ -44,6 +44,11 @@ def warn(warnings: Sequence[str]) -> None:
         typer.echo(f"warning: {warning}", err=True)
 
 
+def say(line: str) -> None:
+    """One line on standard error, at once."""
+    typer.echo(line, err=True)
+
+
 def print_merged(report: MergeReport, as_json: bool) -> None:
     """What a merge wrote."""
     if as_json:

@@ -1,4 +1,4 @@
-"""`weightsmith report`: the HTML page of a run, made again from its folder."""
+"""`weightsmith report`: the HTML page of a run or of compared merges, made again from the folder."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ def register(app: typer.Typer) -> None:
 
     @app.command(epilog="Example: weightsmith report runs/quickstart")
     def report(
-        folder: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")],
+        folder: Annotated[
+            Path, typer.Argument(help="Folder of a run or of compared merges, finished or not.")
+        ],
     ) -> None:
-        """Write the report of a run."""
+        """Write the report of a run, or of compared merges."""
         from weightsmith.reports import write_report
 
         typer.echo(write_report(folder).resolve())

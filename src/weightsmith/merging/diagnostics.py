@@ -17,10 +17,10 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,8 @@ from weightsmith.merging.sources import Origin
 from weightsmith.merging.sums import piece_absolutes, piece_dots, total
 from weightsmith.runs.environment import cores
 from weightsmith.runs.progress import SILENT, Progress
+
+T = TypeVar("T")
 
 
 def diagnose(
@@ -68,12 +70,13 @@ def diagnose(
     if plan.config.stacked:
         raise InputError("a merge that stacks slices of layers has no models to compare layer by layer")
     parameters = [
-        _with_base(output, plan).parameter(plan.donor.config, plan.config.nan_policy)
+        with_base(output, plan).parameter(plan.donor.config, plan.config.nan_policy)
         for output in plan.outputs
         if output.method is not None
     ]
     layers: dict[int | None, _Sums] = defaultdict(_Sums)
-    for parameter, sums in zip(parameters, _measure_all(parameters, threads, progress), strict=True):
+    all_sums = each_parameter(parameters, _measure, "diagnose", threads, progress)
+    for parameter, sums in zip(parameters, all_sums, strict=True):
         layers[parameter.layer] += sums
         if tensors and parameter.name in tensors:
             layers[parameter.layer].add_report(tensors[parameter.name])
@@ -150,24 +153,30 @@ class _Sums:
         return values
 
 
-def _measure_all(parameters: Sequence[Parameter], threads: int | None, progress: Progress) -> list[_Sums]:
-    """The sums of each parameter, in order; each is measured by one worker."""
+def each_parameter(
+    parameters: Sequence[Parameter],
+    measure: Callable[[Parameter], T],
+    label: str,
+    threads: int | None,
+    progress: Progress,
+) -> list[T]:
+    """What `measure` finds of each parameter, in order; each is measured by one worker."""
     local, lock = threading.local(), threading.Lock()
-    progress.start("diagnose", float(sum(parameter.numel for parameter in parameters)), "elements")
+    progress.start(label, float(sum(parameter.numel for parameter in parameters)), "elements")
 
-    def one(parameter: Parameter) -> _Sums:
+    def one(parameter: Parameter) -> T:
         if not hasattr(local, "scratch"):
             local.scratch = Scratch()
         parameter.scratch = local.scratch
-        sums = _measure(parameter)
+        found = measure(parameter)
         with lock:
             progress.advance(float(parameter.numel))
-        return sums
+        return found
 
-    with ThreadPoolExecutor(max(1, threads or cores()), "diagnose") as pool:
-        sums = list(pool.map(one, parameters))
+    with ThreadPoolExecutor(max(1, threads or cores()), label) as pool:
+        found = list(pool.map(one, parameters))
     progress.done()
-    return sums
+    return found
 
 
 def _measure(parameter: Parameter) -> _Sums:
@@ -175,7 +184,7 @@ def _measure(parameter: Parameter) -> _Sums:
     sums = _Sums(entries=parameter.numel, dots=np.zeros((tasks, tasks)))
     pieces: dict[Any, list[np.ndarray]] = defaultdict(list)
     for tile in parameter.tiles():
-        deltas = _changes(tile)
+        deltas = changes_of(tile)
         assert tile.base is not None
         pieces["base"].append(piece_dots(tile.base, tile.base, parameter))
         for s in range(tasks):
@@ -201,19 +210,22 @@ def _measure(parameter: Parameter) -> _Sums:
     return sums
 
 
-def _changes(tile: Tile) -> np.ndarray:
-    """The models' buffers turned into changes; without a base their mean takes its place."""
+def changes_of(tile: Tile, count: int | None = None) -> np.ndarray:
+    """The models' buffers turned into changes; without a base the mean of the first `count` models (of all
+    by default) takes its place.
+    """
     if tile.base is None:
         mean = tile.scratch.get("mean", tile.numel)
-        mean[:] = tile.models[0]
-        for model in tile.models[1:]:
+        models = tile.models[:count]
+        mean[:] = models[0]
+        for model in models[1:]:
             mean += model
-        mean /= np.float32(len(tile.models))
+        mean /= np.float32(len(models))
         tile.base = mean
     return tile.deltas()
 
 
-def _with_base(output: Output, plan: MergePlan) -> Output:
+def with_base(output: Output, plan: MergePlan) -> Output:
     """The output measured from the page's base even where the method (`linear`) does not use it."""
     if output.base is not None or plan.config.base is None:
         return output

@@ -1,4 +1,4 @@
-"""Reports: a run folder, or the results of an evidence -> one self-contained HTML page.
+"""Reports: the folder of a run, compared merges, or an evidence's results -> one self-contained HTML page.
 
 The page opens from disk without a network and without scripts: inline CSS, inline SVG. It is drawn from what
 the run folder holds and from nothing else, so a partial run gives a partial page and the same folder gives

@@ -42,6 +42,11 @@ def merge_diagnostics(run: Run) -> list[Group]:
     return [_group(members) for members in groups.values()]
 
 
+def input_diagnostics(record: Mapping[str, Any]) -> Group:
+    """The strips of models that were measured but not merged."""
+    return _group([("", record)])
+
+
 def _shared(record: Mapping[str, Any]) -> str:
     layers = [[layer["layer"], layer["relative_norm"]] for layer in record["layers"]]
     return json.dumps([record["models"], record["reference"], layers])
@@ -113,7 +118,7 @@ def _strip(
     title: str,
     rows: Sequence[str],
     pick: Callable[[Mapping[str, Any]], Sequence[float | None] | None],
-    **style: bool,
+    **style: Any,
 ) -> Strip:
     layers = [*record["layers"], record["model"]]
     names = ["rest" if layer["layer"] is None else str(layer["layer"]) for layer in record["layers"]]

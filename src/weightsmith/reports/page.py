@@ -1,15 +1,13 @@
-"""`write_report`: a run folder -> `report.html`."""
+"""`write_report`: the folder of a run, or of a comparison of merges -> `report.html`."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from weightsmith import __version__
 from weightsmith.reports import drawing
@@ -20,11 +18,13 @@ from weightsmith.reports.findings import gate, headline
 from weightsmith.reports.folder import Run, Stage, State, read_run
 from weightsmith.reports.graph import draw_graph
 from weightsmith.reports.lineage import family_trees
+from weightsmith.reports.merges import COMPARISON_FILE, render_comparison
 from weightsmith.reports.parts import clipping_panels, selection_panels, sharpness_panels
-from weightsmith.reports.scores import ROLE_TITLES, Cell, Row, ScoreTable, score_tables
+from weightsmith.reports.scores import Row, score_tables
 from weightsmith.reports.strips import draw_strip
+from weightsmith.reports.template import by_role, page_environment, page_style, tint
 from weightsmith.reports.variants import comparisons
-from weightsmith.runs import write_text
+from weightsmith.runs import read_json, write_text
 
 _UNDONE: dict[State, str] = {"stopped": "Started but not finished", "waiting": "Not started"}
 STATE_WORDS: dict[State, str] = {
@@ -39,7 +39,7 @@ def write_report(run_dir: str | Path) -> Path:
     """Write `report.html` into a run folder, finished or not, replacing an older one in one step.
 
     Args:
-        run_dir: A folder made by `weightsmith run`.
+        run_dir: A folder made by `weightsmith run`, or by `weightsmith merge --method all`.
 
     Returns:
         The page's path.
@@ -49,33 +49,30 @@ def write_report(run_dir: str | Path) -> Path:
         SystemFault: the page can't be written.
     """
     target = Path(run_dir) / "report.html"
-    write_text(target, render(read_run(run_dir)))
+    compared = Path(run_dir) / COMPARISON_FILE
+    if compared.is_file():
+        write_text(target, render_comparison(read_json(compared)))
+    else:
+        write_text(target, render(read_run(run_dir)))
     return target
 
 
 def render(run: Run) -> str:
     """The page of a run as HTML."""
-    environment = Environment(
-        loader=PackageLoader("weightsmith.reports", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"seconds": drawing.seconds, "size": drawing.size, "yaml": highlight}
+    environment = page_environment()
     tables = score_tables(run)
     losses = [panel for stage in run.stages if (panel := loss_panel(stage))]
     searches = [panel for stage in run.stages if (panel := search_panel(stage))]
     return environment.get_template("page.html.j2").render(
         run=run,
-        css=Markup(_source(environment, "page.css")),
+        css=page_style(environment),
         version=__version__,
         facts=list(_facts(run)),
         lead=[sentence for table in tables[:1] for sentence in headline(table)] or [_progress_sentence(run)],
         failed=[stage for stage in run.stages if stage.state == "failed"],
         undone=[(words, names) for state, words in _UNDONE.items() if (names := _in_state(run, state))],
-        tables=[(table, gate(run, table), _by_role(table)) for table in tables],
-        tint=_tint,
+        tables=[(table, gate(run, table), by_role(table)) for table in tables],
+        tint=tint,
         method_words=_method_words,
         graph=draw_graph(run),
         comparisons=comparisons(run),
@@ -93,28 +90,6 @@ def render(run: Run) -> str:
         trees=family_trees(run),
         environment=list(_flat(run.environment)),
     )
-
-
-def highlight(source: str) -> Markup:
-    """YAML with its keys and comments marked, nothing more: the eye only needs the page's outline."""
-    return Markup("\n").join(_highlight_line(line) for line in source.rstrip("\n").split("\n"))
-
-
-def _highlight_line(line: str) -> Markup:
-    body, comment = line, ""
-    if match := re.search(r"(^|\s)#.*$", line):
-        # A `#` inside quotes is no comment; an odd number of quotes before it means that one is open.
-        head = line[: match.start()]
-        if head.count('"') % 2 == 0 and head.count("'") % 2 == 0:
-            body, comment = head, line[match.start() :]
-    # After escaping: an entity such as `&lt;` ends in `;`, so it never passes for a key.
-    keyed = re.sub(r"([\w.\-]+)(?=:(\s|$))", r"<b>\1</b>", str(escape(body)))
-    return Markup(keyed) + (Markup("<i>{}</i>").format(comment) if comment else "")
-
-
-def _source(environment: Environment, name: str) -> str:
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
 
 
 def _progress_sentence(run: Run) -> Markup:
@@ -139,19 +114,6 @@ def _facts(run: Run) -> Iterator[str]:
 
 def _in_state(run: Run, state: State) -> list[str]:
     return [stage.name for stage in run.stages if stage.state == state]
-
-
-def _by_role(table: ScoreTable) -> list[tuple[str, list[Row]]]:
-    titled = [(titles, table.of_role(role)) for role, titles in ROLE_TITLES.items()]
-    return [(titles[len(rows) > 1], rows) for titles, rows in titled if rows]
-
-
-def _tint(cell: Cell, table: ScoreTable) -> str:
-    """The cell's colour as CSS: which way it moved and how strongly, from nothing to the table's span."""
-    if cell.change is None or cell.change == 0:
-        return ""
-    strength = min(1.0, abs(cell.change) / table.span)
-    return f"--hue:var(--{'better' if cell.change > 0 else 'worse'});--v:{68 * strength:.0f}%"
 
 
 def _method_words(row: Row) -> str:

@@ -138,6 +138,11 @@ class ScoreTable:
         sizes = [abs(cell.change) for row in self.rows for cell in row.cells if cell.change is not None]
         return min(max([0.05, *(size for size in sizes if math.isfinite(size))]), 0.25)
 
+    @property
+    def has_own(self) -> bool:
+        """Whether it is known which tasks the fine-tunes were tuned on."""
+        return any(cell.own for row in self.rows for cell in row.cells)
+
     def of_role(self, role: Role) -> list[Row]:
         """Rows of one role, in table order."""
         return [row for row in self.rows if row.role == role]
@@ -200,19 +205,49 @@ def role_of(run: Run, name: str, base: str | None) -> Role:
     return "control" if len(merged) > 1 and name not in read and union <= own_tasks(stage) else "fine-tune"
 
 
+def comparison_table(content: Mapping[str, Any]) -> ScoreTable | None:
+    """The scores of a comparison of merge methods (what its `comparison.json` holds); None without any."""
+    inputs: dict[str, Any] = dict(content["scores"])
+    results = {entry["method"]: entry["scores"] for entry in content["methods"] if entry["scores"]}
+    # A model may be called as a method is.
+    results = {name if name not in inputs else f"{name} (merge)": one for name, one in results.items()}
+    roles: dict[str, Role] = {name: "base" if name == content["base"] else "fine-tune" for name in inputs}
+    for name in results:
+        roles[name] = "merge"
+    models = {**inputs, **results}
+    if not models:
+        return None
+    base = content["base"] if content["base"] in models else None
+    return _assembled("comparison", content["split"], content["tasks"], models, base, roles, {}, {})
+
+
 def _table(run: Run, stage: Stage, record: Mapping[str, Any]) -> ScoreTable:
     models: Models = record["models"]
     tasks = record.get("tasks") or list(dict.fromkeys(task for scores in models.values() for task in scores))
-    columns = _columns(tasks, models)
     base = base_of(run, list(models))
+    roles = {name: role_of(run, name, base) for name in models}
+    stages = {name: run.stage(name) for name in models}
+    own = {name: own_tasks(stages[name]) for name in models if roles[name] == "fine-tune"}
+    return _assembled(stage.name, str(record.get("split", "")), tasks, models, base, roles, own, stages)
+
+
+def _assembled(
+    title: str,
+    split: str,
+    tasks: Sequence[str],
+    models: Models,
+    base: str | None,
+    roles: Mapping[str, Role],
+    own: Mapping[str, set[str]],
+    stages: Mapping[str, Stage | None],
+) -> ScoreTable:
+    columns = _columns(tasks, models)
     values = {name: _values(scores, columns) for name, scores in models.items()}
     against = [value for value, _ in values[base]] if base else [None] * len(columns)
-    roles = {name: role_of(run, name, base) for name in models}
     best = _best(columns, values, list(models))
     best_merge = _best(columns, values, [name for name in models if roles[name] == "merge"])
     rows = []
     for name in models:
-        own = own_tasks(run.stage(name)) if roles[name] == "fine-tune" else set()
         cells = []
         for index, column in enumerate(columns):
             value, stderr = values[name][index]
@@ -223,12 +258,11 @@ def _table(run: Run, stage: Stage, record: Mapping[str, Any]) -> ScoreTable:
                     stderr=stderr,
                     best=value is not None and value == best[index],
                     best_merge=value is not None and roles[name] == "merge" and value == best_merge[index],
-                    own=column.task is not None and column.task in own,
+                    own=column.task is not None and column.task in own.get(name, ()),
                 )
             )
-        rows.append(Row(name=name, role=roles[name], stage=run.stage(name), cells=tuple(cells)))
-    ordered = tuple(_ordered(rows, columns))
-    return ScoreTable(stage=stage.name, split=str(record.get("split", "")), columns=columns, rows=ordered)
+        rows.append(Row(name=name, role=roles[name], stage=stages.get(name), cells=tuple(cells)))
+    return ScoreTable(stage=title, split=split, columns=columns, rows=tuple(_ordered(rows, columns)))
 
 
 def _columns(tasks: Sequence[str], models: Models) -> tuple[Column, ...]:

@@ -28,6 +28,7 @@ class Strip:
         values: (rows, columns); None where the quantity does not exist.
         as_percent: Print values in percent.
         whole: Values are counts, or means of counts.
+        over: What a column is.
     """
 
     title: str
@@ -37,6 +38,7 @@ class Strip:
     num_summaries: int = 0
     as_percent: bool = False
     whole: bool = False
+    over: str = "layer"
 
     @cached_property
     def _has_fractions(self) -> bool:
@@ -79,12 +81,12 @@ def draw_strip(strip: Strip) -> Markup:
                 body.append(drawing.box(start, top, width, ROW, "none", round=2))
                 continue
             share = shade(value) if high > 0 else 0.06
-            tip = f"{strip.rows[number]}, layer {strip.columns[column]}: {strip.show(value)}"
+            tip = f"{strip.rows[number]}, {strip.over} {strip.columns[column]}: {strip.show(value)}"
             style = f"--v:{100 * share:.0f}%"
             body.append(drawing.box(start, top, width, ROW, "cell", title=tip, round=2, style=style))
             if is_wide[column]:
                 css = "over" if share > 0.55 else "under"
                 body.append(drawing.text(start + width / 2, top + 16, strip.show(value), css, "middle"))
     height = HEAD + len(strip.rows) * (ROW + GAP)
-    title = f"{strip.title}, by layer; from {strip.show(low)} to {strip.show(high)}"
+    title = f"{strip.title}, by {strip.over}; from {strip.show(low)} to {strip.show(high)}"
     return drawing.svg(starts[-1], height, title, body, css="strip")

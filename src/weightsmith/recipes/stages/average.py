@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 
 from weightsmith.checkpoints import Checkpoint
 from weightsmith.errors import InputError
+from weightsmith.evaluation.costs import TORCH_BYTES
 from weightsmith.evaluation.models import window_length
 from weightsmith.merging import average, parse_merge, plan_merge
 from weightsmith.recipes.stages.contract import (
-    TORCH_BYTES,
     Done,
     Forecast,
     Problem,

@@ -19,9 +19,6 @@ from weightsmith.runs.progress import Progress
 
 Keys = tuple[str | int, ...]
 
-TORCH_BYTES = 405_000_000
-"""Resident set of a process forked from one that has imported torch and transformers, after one pass."""
-
 
 @dataclass(frozen=True)
 class Problem:

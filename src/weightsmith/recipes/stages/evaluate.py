@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from weightsmith.evaluation.costs import predict_scoring
 from weightsmith.recipes.stages import scoring
 from weightsmith.recipes.stages.contract import Done, Forecast, Problem, Reference, Workspace, plain
-from weightsmith.recipes.stages.costs import predict_scoring
 from weightsmith.recipes.stages.scoring import PageTasks
 from weightsmith.runs.atomic import append_line, read_lines, write_json
 from weightsmith.runs.prediction import Prediction

@@ -19,13 +19,13 @@ from typing import Any, ClassVar
 
 from weightsmith.checkpoints.folder import label
 from weightsmith.errors import InputError
+from weightsmith.evaluation.costs import TORCH_BYTES
 from weightsmith.evaluation.models import window_length
 from weightsmith.merging.mediator import MediatorConfig, build_mediator
 from weightsmith.merging.mediator.build import foreseen
 from weightsmith.recipes.fingerprint import digest
 from weightsmith.recipes.stages import scoring
 from weightsmith.recipes.stages.contract import (
-    TORCH_BYTES,
     Done,
     Forecast,
     Problem,

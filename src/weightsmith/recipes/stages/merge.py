@@ -17,13 +17,13 @@ from typing import Any, ClassVar
 
 from weightsmith.checkpoints import Checkpoint
 from weightsmith.errors import PageError, nearest
+from weightsmith.evaluation.costs import TORCH_BYTES, predict_scoring
 from weightsmith.merging import diagnose, merge, parse_merge, plan_merge
 from weightsmith.merging.config import OWN_KEYS
 from weightsmith.merging.options import page_key, schema
 from weightsmith.recipes.fingerprint import digest, foreign_source
 from weightsmith.recipes.stages import scoring
 from weightsmith.recipes.stages.contract import (
-    TORCH_BYTES,
     Done,
     Forecast,
     Keys,
@@ -32,7 +32,6 @@ from weightsmith.recipes.stages.contract import (
     Workspace,
     plain,
 )
-from weightsmith.recipes.stages.costs import predict_scoring
 from weightsmith.recipes.stages.merge_costs import LIGHT_BYTES, predict_merge
 from weightsmith.recipes.stages.scoring import PageTasks
 from weightsmith.recipes.stages.search import best, run_search

@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
+from weightsmith.evaluation.costs import TORCH_BYTES
 from weightsmith.merging import MergePlan
 from weightsmith.merging.engine import whole_bytes
 from weightsmith.merging.parameter import TILE_ELEMENTS
-from weightsmith.recipes.stages.contract import TORCH_BYTES
 from weightsmith.runs.environment import cores
 from weightsmith.runs.memory import reset_peak, rss_bytes
 from weightsmith.runs.prediction import Prediction

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from weightsmith.checkpoints import Checkpoint
-from weightsmith.evaluation import check_tasks
-from weightsmith.recipes.stages.contract import TORCH_BYTES
-from weightsmith.recipes.stages.scoring import PageTasks
+from weightsmith.evaluation.tasks import Tasks, check_tasks
 from weightsmith.runs.prediction import Prediction
 from weightsmith.runs.speed import matmul_flops
+
+TORCH_BYTES = 405_000_000
+"""Resident set of a process forked from one that has imported torch and transformers, after one pass."""
 
 LOAD_SECONDS = 0.3
 # Tokens are read twice where windows overlap by half; tokens of a test-bed question; characters of a token.
@@ -18,7 +19,7 @@ _OVERLAP, _QUESTION_TOKENS, _TOKEN_CHARACTERS = 2.0, 24, 4
 _EFFICIENCY = 0.35
 
 
-def predict_scoring(model: Path, tasks: PageTasks, characters: int, items: int) -> Prediction:
+def predict_scoring(model: Path, tasks: Tasks, characters: int, items: int) -> Prediction:
     """Cost of scoring one checkpoint on `tasks`, loading included; arguments as `evaluate`."""
     from weightsmith.testbed import TASKS
 

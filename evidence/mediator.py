@@ -19,7 +19,8 @@ less, (ii) with 2, 3 and 4 routed blocks the highest conflict is at least as goo
 points better than the lowest, (iii) on mixed prompts the blend is at least as good as the likeliest expert
 alone. If full routing does not beat the average there is no conflict to resolve, and nothing is claimed.
 
-    python evidence/mediator.py                    writes evidence/results/mediator.json and .md
+    python evidence/mediator.py                    writes evidence/results/mediator.json, .md and
+                                                   .svg
     python evidence/mediator.py --seeds 0          one seed
     python evidence/mediator.py --quick            a few steps, to see that everything runs; writes to --out
     only
@@ -52,6 +53,7 @@ from weightsmith.merging.mediator import (
     conflict_profile,
 )
 from weightsmith.merging.mediator.plan import MediatorPlan, by_conflict, split_blocks
+from weightsmith.reports.comparison import draw_figures
 from weightsmith.runs.environment import environment
 from weightsmith.testbed import SKILL_GROUPS, VOCABULARY
 from weightsmith.testbed.domains import passages
@@ -485,6 +487,60 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def figures(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the report page draws: retained score by expert, and against bytes."""
+    static = {name: ("static", name) for name in runs[0]["static"]}
+    routed = {
+        "Mediator": ("mediator",),
+        "dynamic averaging": ("dynamic_averaging",),
+        "all blocks in full": ("full_routing",),
+    }
+
+    def at(run: Mapping[str, Any], keys: Sequence[str]) -> Mapping[str, Any]:
+        for key in keys:
+            run = run[key]
+        return run
+
+    arms = {**static, **routed}
+    rows = [
+        {
+            "name": name,
+            "group": "static merge" if name in static else "routed",
+            "values": [
+                *([at(run, keys)["experts"][task] for run in runs] for task in FINETUNES),
+                [at(run, keys)["mean"] for run in runs],
+            ],
+        }
+        for name, keys in arms.items()
+    ]
+    copies = 1 / len(FINETUNES)  # of the experts' bytes: a static merge is one model
+    points = [
+        {
+            "name": name,
+            "group": "static merge" if name in static else "routed",
+            "x": copies if name in static else mean_of(runs, *keys, "bytes"),
+            "y": mean_of(runs, *keys, "mean"),
+        }
+        for name, keys in arms.items()
+    ]
+    return [
+        {
+            "kind": "dots",
+            "title": "Retained score",
+            "axes": [*FINETUNES, "mean"],
+            "order": "mean",
+            "rows": rows,
+        },
+        {
+            "kind": "scatter",
+            "title": "What is kept for how many bytes",
+            "x": "bytes of all experts",
+            "y": "retained score",
+            "points": points,
+        },
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run, judge, write."""
     parser = parser_of(__doc__, "one seed, a few steps")
@@ -507,8 +563,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "runs": runs,
         "judgement": judgement,
         "verdict": judgement["verdict"],
+        "figures": figures(runs),
     }
-    publish("mediator", chosen, results, table(results))
+    publish("mediator", chosen, results, table(results), draw_figures(results["figures"]))
 
 
 if __name__ == "__main__":

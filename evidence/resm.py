@@ -98,17 +98,17 @@ class Amount:
         characters: Test characters of each domain; a quarter as many of calibration.
         pool: Training questions of each objective, for mixtures.
         prompts: Prompts of each task that the router of Mediator sees.
-        steps: Steps of each alignment fine-tune; 0 for the bed's own.
+        steps: Of each alignment fine-tune. The bed's own 250 leave `?` and `#` half learnt; seen on seed 90.
     """
 
     items: int = 400
     characters: int = 20_000
     pool: int = 12_000
     prompts: int = 256
-    steps: int = 0
+    steps: int = 600
 
 
-QUICK = Amount(items=20, characters=800, pool=40, prompts=24, steps=5)
+QUICK = Amount(items=6, characters=400, pool=40, prompts=24, steps=5)
 
 
 class Bench:
@@ -428,8 +428,7 @@ def measure_skills(seed: int, size: str, amount: Amount, **options: Any) -> dict
 
 def measure_triple(seed: int, size: str, amount: Amount, **options: Any) -> dict[str, Any]:
     """Helpful, honest, harmless: merged, mixed, mediated."""
-    if amount.steps:
-        options = {**options, "finetune_steps": amount.steps}
+    options = {**options, "finetune_steps": amount.steps}
     made = bed(size, seed, which=list(TRIPLE.values()), mixture="all", **options)
     bench = Bench(made, list(TRIPLE.values()), tuple(TRIPLE), amount)
     own = bench.own["test"]

@@ -1,0 +1,1 @@
+"""TeZO, MeZO and LOZO, optimisers that need forward passes only: `from weightsmith.training import TeZO`."""

@@ -1,0 +1,161 @@
+"""Which parameters move, as what, and whether a saved state is one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from weightsmith.errors import InputError
+from weightsmith.training.tezo.noise import StepVectors
+from weightsmith.training.tezo.options import LOZOOptions, TeZOOptions, ZerothOrderOptions
+from weightsmith.training.tezo.pieces import CPPiece, DensePiece, LazyPiece, Piece
+from weightsmith.training.tezo.ranks import Matrix, chosen_ranks
+
+_AVERAGES = {"sgd": (), "momentum": ("mean",), "adam": ("mean", "square"), "lion": ("mean",)}
+
+
+class Moving(NamedTuple):
+    """A parameter that is trained.
+
+    Attributes:
+        name: Keys its directions.
+        parameter: Itself.
+        group: Its parameter group.
+        matrices: (E, M, N), sharing its memory; None where it gets dense directions.
+    """
+
+    name: str
+    parameter: Tensor
+    group: dict[str, Any]
+    matrices: Tensor | None
+
+
+def moving(
+    groups: Sequence[dict[str, Any]], names: Mapping[int, str], options: ZerothOrderOptions
+) -> list[Moving]:
+    """Parameters that move, each storage once.
+
+    Raises:
+        InputError: there are none, or one can't.
+    """
+    found: list[Moving] = []
+    seen = set()
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            _refuse_what_cannot_move(parameter, name)
+            place = (parameter.data_ptr(), parameter.shape, parameter.stride())
+            if not parameter.requires_grad or not parameter.numel() or place in seen:
+                continue
+            if parameter.device.type != "meta":
+                seen.add(place)
+            entry = Moving(name, parameter, group, _matrices(parameter.detach(), name, options))
+            frozen = parameter.ndim < 2 and getattr(options, "freeze_1d", False)
+            found += [] if frozen else [entry]
+    if not found:
+        raise InputError("no parameter is trained: check requires_grad, and freeze_1d")
+    return found
+
+
+def make_pieces(
+    members: Sequence[Moving], states: Mapping[Tensor, dict[str, Any]], options: ZerothOrderOptions
+) -> list[Piece]:
+    """A piece for each parameter, with the ranks of its saved state where there are any."""
+    seed = members[0].group["seed"]
+    matrices = [Matrix(member.name, m) for member in members if (m := member.matrices) is not None]
+    saved = {m.name: states[m.parameter]["rank"] for m in members if "rank" in states[m.parameter]}
+    known = all(matrix.name in saved for matrix in matrices)
+    ranks = saved if known else _ranks(matrices, options) | saved
+    vectors = StepVectors(
+        [matrix.name for matrix in matrices],
+        [len(matrix.value) * ranks[matrix.name] for matrix in matrices],
+        [matrix.value.device for matrix in matrices],
+        seed,
+    )
+    places = {matrix.name: place for place, matrix in enumerate(matrices)}
+    pieces: list[Piece] = []
+    for name, parameter, _, found in members:
+        state = states[parameter]
+        if found is not None and isinstance(options, TeZOOptions):
+            tau = vectors.of(places[name])
+            pieces.append(CPPiece(name, found, state, options, seed, ranks[name], tau))
+        elif found is not None and isinstance(options, LOZOOptions):
+            pieces.append(LazyPiece(name, found, state, options, seed, ranks[name]))
+        else:
+            pieces.append(DensePiece(name, parameter.detach(), state, options, seed))
+    return pieces
+
+
+def check_state(
+    members: Sequence[Moving], entries: Mapping[int, Mapping[str, Any]], options: ZerothOrderOptions
+) -> None:
+    """Refuse a state of other parameters, ranks or variants.
+
+    Args:
+        members: The parameters of this run.
+        entries: The saved state of each, by id.
+        options: Of this run.
+
+    Raises:
+        InputError: names the parameter, what was saved and what is here.
+    """
+    matrices = [Matrix(member.name, m) for member in members if (m := member.matrices) is not None]
+    # An automatic rank belongs to the weights that a run began with.
+    fixed = getattr(options, "rank", "auto") != "auto"
+    expected = _ranks(matrices, options) if fixed else {}
+    wanted = _AVERAGES[options.variant]
+    for name, parameter, _, found in members:
+        entry = entries[id(parameter)]
+        if not entry:
+            continue
+        shape = None if found is None else list(found.shape)
+        rank = expected.get(name, entry.get("rank")) if shape else None
+        if (entry.get("shape"), entry.get("rank")) != (shape, rank):
+            raise InputError(
+                f"{name}: the saved state has shape {entry.get('shape')} and rank {entry.get('rank')}, here "
+                f"it is shape {shape or list(parameter.shape)} and rank {rank}"
+            )
+        has = tuple(key for key in ("mean", "square") if key in entry)
+        if has != wanted and (has or "coefficients" in entry):
+            raise InputError(
+                f"{name}: the saved state has {' and '.join(has) or 'no running mean'}; variant "
+                f"`{options.variant}` has {' and '.join(wanted) or 'no running mean'}"
+            )
+
+
+@torch.no_grad()
+def _ranks(matrices: Sequence[Matrix], options: ZerothOrderOptions) -> dict[str, int]:
+    if isinstance(options, LOZOOptions):
+        return {name: min(options.rank, *value.shape[-2:]) for name, value in matrices}
+    if isinstance(options, TeZOOptions) and matrices:
+        return chosen_ranks(matrices, options)
+    return {}
+
+
+def _matrices(value: Tensor, name: str, options: ZerothOrderOptions) -> Tensor | None:
+    if value.ndim < 2 or not isinstance(options, TeZOOptions | LOZOOptions):
+        return None
+    if value.ndim == 3 and any(fnmatchcase(name, pattern) for pattern in options.stacked):
+        return value
+    if value.ndim == 2:
+        return value[None]
+    # A convolution in channels-last order has no such view.
+    return value.view(1, len(value), -1) if value.is_contiguous() else None
+
+
+def _refuse_what_cannot_move(parameter: Tensor, name: str) -> None:
+    flat = getattr(parameter, "_is_flat_param", False) or type(parameter).__name__ == "FlatParameter"
+    if flat or hasattr(parameter, "ds_id") or isinstance(parameter, DTensor):
+        raise InputError(
+            f"{name}: sharded parameters are not supported; replicate the model (DDP): forward passes alone "
+            "need little memory beside the weights"
+        )
+    if not parameter.is_floating_point():
+        raise InputError(
+            f"{name} is {parameter.dtype}: probes can't move it; train adapters (LoRA) on top of it"
+        )

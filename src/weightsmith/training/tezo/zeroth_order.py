@@ -1,0 +1,444 @@
+"""Steps from two losses of each batch: probes along a direction, weights that are safe in between.
+
+    probe    W + rho Z, loss; W - rho Z, loss of the same batch with the same random numbers
+    step     from there back to W and along Z, in one sweep
+
+What Z is and what the variants make of it, `pieces.py` says. Weights come back after an exception, a loss
+that is not finite, and a probe without a step. State holds no weights and no directions.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from weightsmith.errors import InputError
+from weightsmith.training.lightsam.replay import random_state, running_statistics_kept, set_random_state
+from weightsmith.training.names import named_parameters, plain_name
+from weightsmith.training.tezo.branch import Branches
+from weightsmith.training.tezo.layout import Moving, check_state, make_pieces, moving
+from weightsmith.training.tezo.noise import hashed
+from weightsmith.training.tezo.options import (
+    RATES,
+    LOZOOptions,
+    TeZOOptions,
+    ZerothOrderOptions,
+    check_rates,
+)
+from weightsmith.training.tezo.pieces import CPPiece, LowRankPiece, Piece, Step
+
+logger = logging.getLogger(__name__)
+
+_NOTHING_MOVED = 10
+"""Steps in a row whose probes agree to the bit, after which rho must be too small."""
+
+
+class ZerothOrderStats(NamedTuple):
+    """The last step.
+
+    Attributes:
+        loss: Mean of the two probes' losses, over all processes.
+        kappa: Derivative along the direction, before it is clipped, with the first group's rho.
+        skipped: Whether the step was not taken because a loss was not finite.
+    """
+
+    loss: float = math.nan
+    kappa: float = math.nan
+    skipped: bool = False
+
+
+class ZerothOrder(torch.optim.Optimizer):
+    """What TeZO, MeZO and LOZO share: probes, steps, and weights that are safe in between.
+
+    Args:
+        params: As for any optimiser; `model.named_parameters()` keys the directions by name, otherwise places
+            do. Groups may have their own `lr`, `rho` and `weight_decay`.
+        lr: Learning rate; by default one for models of a billion weights.
+        options: All else.
+        weight_decay: Decoupled decay of what has at least two axes.
+        maximize: Climb instead of descend.
+        model: Where `restore="branch"` finds the modules of matrices; its batch normalisation keeps its
+            running statistics out of the second probe.
+        process_group: Processes that hold the same weights and see different data; "auto" takes all, where
+            torch.distributed runs, None this one alone. They exchange one short row of numbers a step.
+        save_factors: Put factors into state dicts; otherwise they are drawn again.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | None,
+        options: ZerothOrderOptions,
+        *,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        model: nn.Module | None = None,
+        process_group: Any = "auto",
+        save_factors: bool = False,
+    ) -> None:
+        lr = RATES[options.variant] if lr is None else lr
+        check_rates(lr, weight_decay)
+        self.options = options
+        self.maximize = maximize
+        self.save_factors = save_factors
+        self.last = ZerothOrderStats()
+        self.skipped_steps = 0
+        self._group = process_group
+        self._pieces: list[tuple[Piece, dict[str, Any], Tensor]] | None = None
+        self._names: dict[int, str] = {}
+        self._branches: Branches | None = None
+        self._model = model
+        self._told: set[str] = set()
+        self._still = 0
+        self._sums = [0.0, 0.0, 0.0]
+        self._offset = 0
+        self._copies: dict[int, Tensor] = {}
+        defaults = {"lr": lr, "rho": options.rho, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "step": 0, "seed": options.seed or 0})
+        self.name_parameters(named_parameters(self, self._name))
+        low_rank = isinstance(options, TeZOOptions | LOZOOptions)
+        if low_rank and all(member.matrices is None for member in self._moving()):
+            self._tell("matrices", "no matrix is trained, so this is MeZO")
+        if options.restore == "branch" and model is not None:
+            self.attach(model)
+
+    # What a user calls.
+
+    def probe(self, closure: Callable[[], Any], *, weight: float = 1.0) -> float:
+        """Measure the derivative along the step's direction on one batch; the weights come back.
+
+        Call it for each micro-batch, then `step()`: the direction stays, the derivatives are averaged.
+
+        Args:
+            closure: Runs forward, returns the loss: a number, or a tensor with one. Called twice, without
+                autograd.
+            weight: What the batch counts among the others of this step, over all processes (its tokens,
+                where the loss is their mean).
+
+        Returns:
+            The derivative on this batch.
+
+        Raises:
+            InputError: no closure, a loss that is no number, or a closure that calls backward().
+        """
+        with torch.no_grad():
+            difference, _ = self._measure(closure, weight)
+            self._go(0)
+        return difference / (2 * self.param_groups[0]["rho"])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, weight: float = 1.0) -> Any:  # pyrefly: ignore
+        """Probe with a closure and step; or, without one, the step of the probes before.
+
+        Args:
+            closure: As for `probe`.
+            weight: As for `probe`.
+
+        Returns:
+            The loss, float64 0-d: mean of the two probes, over all processes.
+
+        Raises:
+            InputError: neither a closure nor a probe before; as `probe`; processes that differ in seed, step
+                or parameters.
+        """
+        if closure is not None:
+            if self._sums[2]:
+                raise InputError(f"{self._name}: step(closure) after probe(); step() ends what probes began")
+            self._measure(closure, weight)
+        elif not self._sums[2]:
+            raise InputError(
+                f"{self._name} needs a closure that returns the loss without calling backward(), or probe() "
+                "before"
+            )
+        try:
+            difference, loss = self._agreed()
+        except BaseException:
+            self._go(0)
+            raise
+        finally:
+            self._sums = [0.0, 0.0, 0.0]
+        kappa = difference / (2 * self.param_groups[0]["rho"])
+        skipped = not (math.isfinite(difference) and math.isfinite(loss))
+        if skipped:
+            self._go(0)
+            self.skipped_steps += 1
+            self._tell("skip", "a loss is not finite; the step is skipped")
+        else:
+            self._look(difference)
+            self._update(difference)
+        for group in self.param_groups:
+            group["step"] += 1
+        self.last = ZerothOrderStats(loss, kappa, skipped)
+        return torch.tensor(loss, dtype=torch.float64)
+
+    def attach(self, model: nn.Module) -> None:
+        """Take the names of a model's parameters, and its modules for `restore="branch"`."""
+        self._model = model
+        self.name_parameters(model.named_parameters())
+        self._branches = None
+
+    def name_parameters(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Key directions by these names; before the first step, as other names give other directions."""
+        ours = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        self._names |= {id(parameter): plain_name(name) for name, parameter in named if id(parameter) in ours}
+        self._pieces = None
+
+    @property
+    def step_count(self) -> int:
+        """Steps so far, skipped ones included."""
+        return self.param_groups[0]["step"]
+
+    def pieces(self) -> list[Piece]:
+        """Parameters in training with their directions."""
+        return [piece for piece, _, _ in self._prepared()]
+
+    def is_branched(self, piece: Piece) -> bool:
+        """Whether probes leave this parameter alone and add to what its modules return."""
+        if self.options.restore != "branch":
+            return False
+        parameter = next(p for other, _, p in self._prepared() if other is piece)
+        return self._branched().holds(parameter)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State and groups; factors only with `save_factors`."""
+        saved = super().state_dict()
+        if not self.save_factors or self._pieces is None:
+            return saved
+        places = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        saved["state"] = {key: dict(entry) for key, entry in saved["state"].items()}
+        for piece, _, parameter in self._pieces:
+            if isinstance(piece, CPPiece) and piece.epoch is not None:
+                saved["state"][places[id(parameter)]] |= {"u": piece.u, "v": piece.v}
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state; the next step is the one that would have followed.
+
+        Raises:
+            InputError: a parameter of another shape or rank, or a state of another variant.
+        """
+        places = [key for group in state_dict["param_groups"] for key in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if len(places) == len(parameters):
+            entries = {
+                id(parameter): state_dict["state"].get(key, {})
+                for key, parameter in zip(places, parameters, strict=True)
+            }
+            try:
+                check_state(self._moving(), entries, self.options)
+            except InputError as wrong:
+                raise InputError(f"{self._name}: {wrong}") from wrong
+        super().load_state_dict(state_dict)
+        for key, parameter in zip(places, parameters, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if isinstance(value, Tensor):  # torch would cast it to the parameter's dtype
+                    self.state[parameter][name] = value.to(device=parameter.device, copy=True)
+        self._pieces = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, between steps."""
+        super().add_param_group(param_group)
+        if self._names:
+            self.param_groups[-1]["step"] = self.step_count
+            start = sum(len(group["params"]) for group in self.param_groups[:-1])
+            self.name_parameters(named_parameters([self.param_groups[-1]], self._name, start))
+
+    # How it works.
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _prepared(self) -> list[tuple[Piece, dict[str, Any], Tensor]]:
+        """Pieces with their groups and parameters; made anew after anything about parameters has changed."""
+        if self._pieces is None:
+            members = self._moving()
+            # An entry for each: what a piece puts into its own is the optimiser's state.
+            states = {member.parameter: self.state[member.parameter] for member in members}
+            pieces = make_pieces(members, states, self.options)
+            self._pieces = [(p, m.group, m.parameter) for p, m in zip(pieces, members, strict=True)]
+            shapes = ((piece.name, tuple(piece.value.shape)) for piece in pieces)
+            self._fingerprint = hashed(self.param_groups[0]["seed"], *shapes)
+            if not self.step_count:
+                self._look_at_rho()
+        return self._pieces
+
+    def _moving(self) -> list[Moving]:
+        try:
+            return moving(self.param_groups, self._names, self.options)
+        except InputError as wrong:
+            raise InputError(f"{self._name}: {wrong}") from wrong
+
+    def _follow(self) -> None:
+        """Notice parameters that live elsewhere now (moved to a device, cast, exchanged)."""
+        if self._pieces is not None and any(
+            piece.value.data_ptr() != parameter.data_ptr() or piece.value.dtype != parameter.dtype
+            for piece, _, parameter in self._pieces
+        ):
+            self._pieces = None
+
+    def _measure(self, closure: Callable[[], Any], weight: float) -> tuple[float, float]:
+        """Both probes of one batch, added to the sums; leaves the weights at the second."""
+        if not callable(closure):
+            raise InputError(f"{self._name} needs a closure that returns the loss without calling backward()")
+        if not 0 < weight < math.inf:
+            raise InputError(f"{self._name}: weight: expected above 0 and finite, got {weight}")
+        if self._offset == 0:
+            self._follow()
+        devices = {parameter.device for _, _, parameter in self._prepared()}
+        before = random_state(devices) if self.options.replay_rng else None
+        try:
+            self._go(1)
+            above = self._value(closure)
+            if before is not None:
+                set_random_state(before)
+            self._go(-1)
+            with running_statistics_kept(self._model) if self._model is not None else nullcontext():
+                below = self._value(closure)
+            upper, lower = float(above), float(below)
+        except BaseException:
+            self._go(0)
+            raise
+        for place, value in enumerate((upper - lower, (upper + lower) / 2, 1.0)):
+            self._sums[place] += weight * value
+        return upper - lower, (upper + lower) / 2
+
+    def _value(self, closure: Callable[[], Any]) -> Tensor | float:
+        """The closure's loss, still on its device."""
+        try:
+            loss = closure()
+        except RuntimeError as wrong:
+            if "does not require grad" not in str(wrong):
+                raise
+            raise InputError(
+                f"{self._name} needs a closure that returns the loss without calling backward()"
+            ) from wrong
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise InputError(
+                    f"{self._name}: the closure's loss must be one number, got shape {tuple(loss.shape)}"
+                )
+            if loss.requires_grad:
+                self._tell("graph", "the closure builds a graph for gradients that nothing uses")
+            return loss.detach().double() if loss.device.type != "mps" else loss.detach()
+        if isinstance(loss, bool) or not isinstance(loss, int | float):
+            raise InputError(
+                f"{self._name}: the closure must return its loss, a number or a tensor with one; got "
+                f"{type(loss).__name__}"
+            )
+        return float(loss)
+
+    def _go(self, target: int) -> None:
+        """Move the weights to `target` times rho times the direction."""
+        if target == self._offset:
+            return
+        pieces, step = self._prepared(), self.step_count
+        mode = self.options.restore
+        branches = self._branched() if mode == "branch" else None
+        for piece, group, parameter in pieces:
+            if branches is not None and branches.holds(parameter):
+                assert isinstance(piece, LowRankPiece)
+                branches.put(parameter, piece.product(step, target * group["rho"]) if target else None)
+            elif mode != "inplace" and target == 0:
+                if id(parameter) in self._copies:  # not where a probe broke off before it came here
+                    parameter.detach().copy_(self._copies.pop(id(parameter)))
+            else:
+                if mode != "inplace" and self._offset == 0:
+                    self._copies[id(parameter)] = parameter.detach().clone()
+                piece.move(step, (target - self._offset) * group["rho"])
+        if branches is not None:
+            branches.switch(on=target != 0)
+        self._offset = target
+
+    def _branched(self) -> Branches:
+        if self._branches is None:
+            if self._model is None:
+                raise InputError(
+                    f'{self._name}: restore="branch" adds to what modules return: give it `model=model`'
+                )
+            pieces = self._prepared()
+            simple = [p for piece, _, p in pieces if isinstance(piece, LowRankPiece) and p.ndim == 2]
+            self._branches = Branches(self._model, simple)
+        return self._branches
+
+    def _update(self, difference: float) -> None:
+        """The step, from wherever the weights are."""
+        if self.options.restore != "inplace":
+            self._go(0)
+        sign, bound = (-1.0 if self.maximize else 1.0), self.options.clip or math.inf
+        for piece, group, parameter in self._prepared():
+            kappa = difference / (2 * group["rho"])
+            decays = group["weight_decay"] and parameter.ndim >= 2
+            piece.update(
+                Step(
+                    number=self.step_count,
+                    kappa=sign * min(max(kappa, -bound), bound),
+                    lr=float(group["lr"]),
+                    decay=float(group["lr"]) * group["weight_decay"] if decays else 0.0,
+                    undo=-self._offset * group["rho"],
+                )
+            )
+        self._offset = 0
+
+    def _agreed(self) -> tuple[float, float]:
+        """Difference of the probes and loss over all processes, the same bits on each."""
+        group = self._group
+        if isinstance(group, str):
+            group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        rows = [[*self._sums, self._mark()]]
+        if group is not None and dist.get_world_size(group) > 1:
+            device = self._prepared()[0][2].device
+            on = device if "nccl" in dist.get_backend(group) else torch.device("cpu")
+            mine = torch.tensor(rows[0], dtype=torch.float64, device=on)
+            others = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(others, mine, group=group)
+            rows = torch.stack(others).tolist()
+        if len({row[3] for row in rows}) > 1:
+            raise InputError(
+                f"{self._name}: processes differ in seed, step or parameters; nothing was changed"
+            )
+        # Every process adds the same numbers in the same order.
+        difference, loss, weight = (sum(row[place] for row in rows) for place in range(3))
+        return difference / weight, loss / weight
+
+    def _mark(self) -> float:
+        """Stands for what processes must have in common; a whole number that float64 holds."""
+        return float(hashed(self._fingerprint, self.step_count) >> 12)
+
+    # Advice.
+
+    def _look(self, difference: float) -> None:
+        self._still = self._still + 1 if difference == 0 else 0
+        if self._still == _NOTHING_MOVED:
+            rho = self.param_groups[0]["rho"]
+            self._tell(
+                "still",
+                f"the two losses were the same to the bit for {_NOTHING_MOVED} steps; try rho={10 * rho:g}",
+            )
+
+    def _look_at_rho(self) -> None:
+        """Warn where a probe is smaller than what the weights' dtype can tell apart."""
+        for piece, group, _ in self._prepared():
+            if piece.value.dtype.itemsize >= 4:
+                continue
+            size = float(piece.value.float().square().mean().sqrt())
+            least = torch.finfo(piece.value.dtype).eps * size
+            if group["rho"] < least:
+                self._tell(
+                    "rho",
+                    f"rho={group['rho']:g} is lost in the rounding of {piece.name} ({piece.value.dtype}, "
+                    f"about {size:.2g}); try rho={least:.1g}, or float32 weights",
+                )
+                return
+
+    def _tell(self, what: str, words: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            logger.warning("%s: %s (told once)", self._name, words)

@@ -1,5 +1,6 @@
 """The skills bed's base: each round's mixture follows what the skills lack, and a kill costs nothing."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -54,11 +55,6 @@ def test_a_skill_at_the_target_keeps_a_little_and_above_the_ceiling_nothing():
     assert shares(**at("count", TARGET))["count"] == pytest.approx(LEAST)
     assert shares(**at("count", CEILING - 0.01))["count"] == pytest.approx(LEAST)
     assert "count" not in shares(**at("count", CEILING + 1e-9))
-
-
-def test_a_waiting_skill_gets_nothing():
-    found = mixture_for(dict.fromkeys(SKILLS, 0.0), ["reverse"])
-    assert {source.source for source in found} == {*DOMAINS, *SKILLS} - {"reverse"}
 
 
 def test_when_all_skills_are_learnt_the_domains_have_everything():
@@ -128,37 +124,49 @@ def test_a_fall_that_leaves_no_room_is_taken_back(short, end, tmp_path, monkeypa
     assert rates_of(tmp_path / "base") == pytest.approx([1.0, 1.0, *FALL])
 
 
+def steps_of(base):
+    return [lineage.parameters["steps"] for lineage in lineages_of(base)]
+
+
 EARLY = {**dict.fromkeys(SKILLS, HALF), "reverse": ALL, "add": NONE}
+LATE = {**dict.fromkeys(SKILLS, HALF), "add": NONE}
 
 
-def test_a_round_in_which_a_skill_is_mastered_is_trained_again_without_it(short, tmp_path, monkeypatch):
-    late = {**dict.fromkeys(SKILLS, HALF), "add": NONE}
-    gone = {**late, "reverse": NONE}
-    # The first round; the second as it came and without `reverse`; a third without it; a fourth with it.
-    scored(monkeypatch, NONE, EARLY, late, gone, HALF)
-    train_skill_base(CONFIG, "testbed/xs", tmp_path / "base", workdir=tmp_path / "work", seed=0)
-    assert rates_of(tmp_path / "base") == pytest.approx([1.0, 1.0, 1.0, 1.0, *FALL])
-    trained_on = [
-        [source["source"] for source in lineage.parameters["data"]]
-        for lineage in lineages_of(tmp_path / "base")[:4]
-    ]
-    assert [("reverse" in sources) for sources in trained_on] == [True, False, False, True]
+@pytest.fixture
+def longer(short, monkeypatch):
+    """Rounds of eight steps."""
+    monkeypatch.setattr(skill_base, "ROUND_STEPS", 8)
+    return dataclasses.replace(CONFIG, steps=32)
 
 
-def test_a_skill_that_is_mastered_though_it_got_nothing_is_let_be(short, tmp_path, monkeypatch):
-    scored(monkeypatch, NONE, EARLY, EARLY, HALF)
-    train_skill_base(CONFIG, "testbed/xs", tmp_path / "base", workdir=tmp_path / "work", seed=0)
-    assert rates_of(tmp_path / "base") == pytest.approx([1.0, 1.0, 1.0, *FALL])
+def test_a_round_in_which_a_skill_is_mastered_is_made_again_with_half_the_steps(
+    longer, tmp_path, monkeypatch
+):
+    # The first round; the second with all its steps, a half, a quarter; a third.
+    scored(monkeypatch, NONE, EARLY, EARLY, LATE, HALF)
+    train_skill_base(longer, "testbed/xs", tmp_path / "base", workdir=tmp_path / "work", seed=0)
+    assert steps_of(tmp_path / "base") == [8, 2, *[8] * (1 + len(FALL))]
+
+
+def test_after_three_halvings_a_skill_may_be_mastered(longer, tmp_path, monkeypatch):
+    scored(monkeypatch, NONE, EARLY, EARLY, EARLY, EARLY, HALF)
+    train_skill_base(longer, "testbed/xs", tmp_path / "base", workdir=tmp_path / "work", seed=0)
+    assert steps_of(tmp_path / "base") == [8, 1, *[8] * (1 + len(FALL))]
+
+
+def test_a_skill_that_is_mastered_though_it_got_nothing_is_let_be(longer, tmp_path, monkeypatch):
+    scored(monkeypatch, LATE, EARLY, HALF)  # above the ceiling, so without a share
+    train_skill_base(longer, "testbed/xs", tmp_path / "base", workdir=tmp_path / "work", seed=0)
+    assert steps_of(tmp_path / "base") == [8] * (3 + len(FALL))
 
 
 def by_what_was_trained(base, *args, **options):
-    """Scores of a round, from what went before it: `reverse` is mastered in the second unless it waits."""
-    rounds = lineages_of(base)
-    sources = {source["source"] for source in rounds[-1].parameters["data"]}
-    parts = dict.fromkeys(SKILLS, HALF if len(rounds) > 2 else NONE)
-    if len(rounds) == 2:
-        parts["reverse"] = ALL if "reverse" in sources else HALF
-    if len(rounds) == 7:  # the end of the first fall
+    """Scores of a round, from what went before it: in the second, two steps are too many for `reverse`."""
+    steps = steps_of(base)
+    parts = dict.fromkeys(SKILLS, HALF if len(steps) > 2 else NONE)
+    if len(steps) == 2:
+        parts["reverse"] = ALL if steps[-1] == 2 else HALF
+    if len(steps) == 7:  # the end of the first fall
         parts["sort"] = ALL
     return {skill: SimpleNamespace(value=at(skill, part)[skill]) for skill, part in parts.items()}
 
@@ -168,7 +176,7 @@ def by_what_was_trained(base, *args, **options):
 def test_a_killed_base_goes_on_from_its_last_round(short, at_round, kept, tmp_path, monkeypatch):
     monkeypatch.setattr(skill_base, "evaluate", by_what_was_trained)
     train_skill_base(CONFIG, "testbed/xs", tmp_path / "whole", workdir=tmp_path / "work", seed=0)
-    assert len(rates_of(tmp_path / "whole")) == 4 + len(FALL)
+    assert steps_of(tmp_path / "whole") == [2, 1, *[2] * (2 + len(FALL))]
 
     calls = 0
     dying = "keep" if kept else "finetune"

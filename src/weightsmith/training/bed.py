@@ -215,5 +215,5 @@ def _make(job: _Job) -> None:
 
 
 BASE_STEPS: Mapping[str, int] = {"xs": 500, "s": 800, "m": 2000}
-BASE_STEPS_ALL: Mapping[str, int] = {"xs": 4000, "s": 4000, "m": 4000}
+BASE_STEPS_ALL: Mapping[str, int] = {"xs": 5000, "s": 5000, "m": 5000}
 FINETUNE_STEPS: Mapping[Mixture, int] = {"domains": 150, "all": 250}

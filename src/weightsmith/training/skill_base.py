@@ -5,8 +5,8 @@ skill: no fixed mixture and number of steps leaves all six half-learnt. So after
 scored on the calibration pool, and a skill's share of the next round is what it still lacks. When all of them
 have left chance behind, the learning rate falls to its end within a few more rounds, in which every skill
 still gains, some of them all there was to gain. Then those rounds are taken back, and the base goes on as if
-they had not been. So is a round in which a skill was mastered all at once: it is trained again without that
-skill, which then waits for the others.
+they had not been. So is a round in which a skill was mastered all at once: it is made again with half the
+steps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +28,10 @@ from weightsmith.training.loop import finetune, train
 from weightsmith.training.sources import DataSource
 
 ROUND_STEPS = 50
+MOST_HALVINGS = 3  # of a round's steps
 FALL = (0.75, 0.5, 0.25, 0.1)  # of the learning rate, in the last rounds
 SKILL_SHARE = 0.75  # of the mixture, for all skills; the domains have the rest
-MOST = 0.3  # of the mixture, for one skill: with more, the last ones would be mastered within a round
+MOST = 0.5  # of the mixture, for one skill: the domains must not be forgotten for the last one
 # Skills against each other: most for those that take longest to learn.
 SHARES = {"add": 1.2, "reverse": 0.7, "sort": 0.5, "lookup": 2.0, "maximum": 0.25, "count": 0.8}
 LEAST = 0.1  # of its first share: without any, a skill would be forgotten
@@ -43,18 +44,17 @@ ABOVE_CHANCE, BELOW = 0.15, 0.70
 ITEMS = 400  # questions of each skill after each round
 
 
-def mixture_for(scores: Mapping[str, float], waiting: Collection[str] = ()) -> tuple[DataSource, ...]:
+def mixture_for(scores: Mapping[str, float]) -> tuple[DataSource, ...]:
     """The domains evenly, and each skill by what it lacks to `TARGET`.
 
     Args:
         scores: Exact match of every skill on the calibration pool.
-        waiting: Skills that get nothing, whatever they lack.
     """
     learnt = {skill: _learnt(skill, value) for skill, value in scores.items()}
     lacking = {
         skill: SHARES[skill] * min(1.0, max(LEAST, 1 - part / TARGET))
         for skill, part in learnt.items()
-        if part < CEILING and skill not in waiting
+        if part < CEILING
     }
     total = sum(lacking.values())
     skills = {skill: min(MOST, SKILL_SHARE * lack / total) for skill, lack in lacking.items()}
@@ -104,19 +104,18 @@ def train_skill_base(
         rate = (config.learning_rate or 0.0) / math.sqrt(1 + (following.number + following.falls) / 16)
         if following.falls:
             rate *= FALL[following.falls - 1]
-        data = mixture_for(scores, last.waiting)
-        this = dataclasses.replace(further, data=data, learning_rate=rate)
+        data = mixture_for(scores)
+        this = dataclasses.replace(further, data=data, learning_rate=rate, steps=max(1, steps >> last.halved))
         before, after = last.folder(workdir), following.folder(workdir)
         own_seed = derive(seed, following.number, following.falls)
         finetune(this, before, after, workdir=workdir / "work", seed=own_seed)
         found = _scores(after)
         learnt = {skill: _learnt(skill, value) for skill, value in found.items()}
-        mastered = {source.source for source in data if learnt.get(source.source, 0.0) > TOO_MUCH}
-        if mastered and not following.falls:
-            last = last._replace(waiting=tuple(sorted(mastered.union(last.waiting))))
+        mastered = any(learnt.get(source.source, 0.0) > TOO_MUCH for source in data)
+        if mastered and not following.falls and last.halved < MOST_HALVINGS:
+            last = last._replace(halved=last.halved + 1)
         else:
-            waiting = tuple(skill for skill in last.waiting if learnt[skill] >= ENOUGH)
-            last, scores = following._replace(waiting=waiting), found
+            last, scores = following._replace(halved=0), found
         last.keep(workdir)
     os.rename(last.folder(workdir), out)
     sync_folder(out.parent)
@@ -129,23 +128,20 @@ class _Round(NamedTuple):
     Attributes:
         number: How many went before, those of a fall not counted.
         falls: How often the learning rate has fallen since.
-        waiting: Skills that would be mastered too early; they get nothing until they are nearly forgotten.
+        halved: How often the steps of the next round were halved, because a skill was mastered in it.
         fell: Whether the learning rate has fallen from here, and left no room.
     """
 
     number: int = 0
     falls: int = 0
-    waiting: tuple[str, ...] = ()
+    halved: int = 0
     fell: bool = False
 
     @classmethod
     def read(cls, workdir: Path) -> _Round | None:
         """The last one that was kept."""
         file = workdir / "round.json"
-        if not file.exists():
-            return None
-        fields = read_json(file)
-        return cls(**fields | {"waiting": tuple(fields["waiting"])})
+        return cls(**read_json(file)) if file.exists() else None
 
     def folder(self, workdir: Path) -> Path:
         return workdir / f"round-{self.number}.{self.falls}"

@@ -200,7 +200,7 @@ REFUSED = {
     "a resized embedding": (
         {},
         {"base_model.model.lm_head.weight": np.ones((17, 8), np.float32)},
-        r"is \(17, 8\), the base's `lm_head.weight` is \(16, 8\)",
+        r"leaves `model.embed_tokens.weight` with 16 rows and gives `lm_head.weight` 17;",
     ),
 }
 

@@ -10,7 +10,7 @@ import pytest
 from weightsmith.checkpoints import Checkpoint
 from weightsmith.checkpoints.vocabulary import read_vocabulary
 from weightsmith.errors import CheckpointError, PageError
-from weightsmith.merging import merge, plan_merge
+from weightsmith.merging import merge, merge_state_dicts, plan_merge
 
 from .made import page, random_model, read, save
 
@@ -489,3 +489,89 @@ def test_a_union_imports_neither_torch_nor_a_tokenizer_library(three):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def measured(root, name, seed):
+    """Statistics of a model, as `weightsmith stats` would write them, with random values."""
+    rng = np.random.default_rng(seed)
+    found = {}
+    for tensor, values in read(root / name).items():
+        found[f"fisher.{tensor}"] = rng.random(values.shape).astype(np.float32)
+        if values.ndim == 2 and "embed" not in tensor:
+            inputs = rng.standard_normal((values.shape[1], values.shape[1])).astype(np.float32)
+            found[f"gram.{tensor}"] = inputs @ inputs.T
+    with Checkpoint.open(root / name) as checkpoint:
+        facts = {"format": 1, "kinds": ["fisher", "gram"], "fingerprint": checkpoint.fingerprint()}
+    folder = save(root / f"stats-{name}", found, "F32", side={"statistics.json": json.dumps(facts).encode()})
+    return {"model": str(root / name), "statistics": str(folder)}, found
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("rule", "tokens", "rows"),
+    [("base", BASE, 8), ("union", [*BASE, "x", "y"], 8), ("union of two", None, 7)],
+)
+def test_fisher_information_moves_with_its_rows_and_says_nothing_of_tokens_a_model_lacks(
+    tmp_path, rule, tokens, rows, tied
+):
+    models = {
+        "base": (made(tmp_path, "base", 0, BASE, 8, tied=tied), BASE),
+        "m1": (made(tmp_path, "m1", 1, M1, 8, tied=tied), M1),
+        "m2": (made(tmp_path, "m2", 2, M2, 7, tied=tied), M2),
+    }
+    options = {"base": str(tmp_path / "base")}
+    if rule == "union of two":  # without a base: the first model's tokens, then the other's
+        options, tokens = {}, [*M2, *(token for token in M1 if token not in M2)]
+        models = {"m2": models["m2"], "m1": models["m1"]}
+        rows = len(tokens)
+    else:
+        models = {"m1": models["m1"], "m2": models["m2"]}
+    entries, information = zip(
+        *(measured(tmp_path, name, 7 + at) for at, name in enumerate(models)), strict=True
+    )
+    page = {"method": "fisher", "models": list(entries), "tokenizer": rule.split()[0], **options}
+    merge(page, tmp_path / "out")
+    merge({"method": "linear", "models": [entry["model"] for entry in entries], **options,
+           "tokenizer": page["tokenizer"]}, tmp_path / "mean")  # fmt: skip
+    out, mean = read(tmp_path / "out"), read(tmp_path / "mean")
+    for name in (EMBED,) if tied else (EMBED, HEAD):
+        for number, token in enumerate(tokens):
+            above = below = 0.0
+            for (values, known), facts in zip(models.values(), information, strict=True):
+                if token in known:
+                    share = facts[f"fisher.{name}"][known.index(token)].astype(np.float64)
+                    above, below = above + share * values[name][known.index(token)], below + share
+            wanted = above / below if np.any(below) else mean[name][number]
+            np.testing.assert_allclose(out[name][number], wanted, rtol=1e-5, atol=1e-7)
+        assert out[name].shape[0] >= rows
+    norm = "model.norm.weight"
+    shares = [facts[f"fisher.{norm}"].astype(np.float64) for facts in information]
+    wanted = sum(s * v[norm] for s, (v, _) in zip(shares, models.values(), strict=True)) / sum(shares)
+    np.testing.assert_allclose(out[norm], wanted, rtol=1e-5)
+
+
+def test_gram_matrices_hold_whatever_the_order_of_tokens(three):
+    root, models = three
+    entries, information = zip(
+        *(measured(root, name, 7 + at) for at, name in enumerate(("m1", "m2"))), strict=True
+    )
+    tokens = [*BASE, "x", "y"]
+    merge(
+        {"method": "regmean", "base": str(root / "base"), "models": list(entries), "tokenizer": "union"},
+        root / "out",
+    )
+    aligned = {name: by_rule(models, tokens, 8, name) for name in (EMBED, HEAD)}
+    states = [
+        {
+            name: np.float32(aligned[name][model]) if name in aligned else values
+            for name, values in models[model][0].items()
+        }
+        for model in ("m1", "m2")
+    ]
+    grams = [
+        {name.removeprefix("gram."): value for name, value in facts.items() if name.startswith("gram.")}
+        for facts in information
+    ]
+    wanted = merge_state_dicts(None, states, "regmean", statistics=grams)
+    for name, values in read(root / "out").items():
+        np.testing.assert_allclose(values, wanted[name], rtol=1e-4, atol=1e-6)

@@ -66,6 +66,7 @@ class AdapterCheckpoint(Checkpoint):
 
     Attributes:
         base: The base checkpoint.
+        changed: Stored names whose values are not those of the plain model at the bottom.
     """
 
     def __init__(
@@ -100,13 +101,16 @@ class AdapterCheckpoint(Checkpoint):
         super().__init__(
             folder,
             name,
-            config=base.config,
+            config=_with_rows(base, replaced),
             side_files=base.side_file_map() | own_side_files,
             files=files,
             tensors={**base.tensors, **replaced},
             descriptors=base.descriptors() | files.descriptors,
         )
         self._replaced = set(replaced)
+        self.changed: frozenset[str] = frozenset({*replaced, *adapter.changes})
+        if isinstance(base, AdapterCheckpoint):
+            self.changed |= base.changed
         self.quantized = base.quantized
 
     def read(
@@ -166,6 +170,11 @@ class AdapterCheckpoint(Checkpoint):
         self._own.close()
         if self._owns_base:
             self.base.close()
+
+    @property
+    def plain(self) -> Checkpoint:
+        """The model at the bottom, under this adapter and those it stands on."""
+        return self.base.plain if isinstance(self.base, AdapterCheckpoint) else self.base
 
     @property
     def adapter_parameters(self) -> int:
@@ -235,10 +244,23 @@ def _open_base(folder: Path, config: dict[str, Any], base: str | Path | None, of
         ) from problem
 
 
+def _with_rows(base: Checkpoint, replaced: dict[str, TensorInfo]) -> dict[str, Any]:
+    """The base's config with the number of rows that the adapter's own embeddings have."""
+    rows = {info.shape[0] for name, info in replaced.items() if info.shape != base.tensors[name].shape}
+    if not rows:
+        return base.config
+    config = dict(base.config)
+    for key, part in (("", config), ("text_config", config.get("text_config"))):
+        if isinstance(part, dict) and part.get("vocab_size") is not None:
+            changed = {**part, "vocab_size": min(rows)}
+            config.update({key: changed} if key else changed)
+    return config
+
+
 def _equal(one: Checkpoint, name: str, other: Checkpoint, other_name: str) -> bool:
     """Whether two tensors of one size hold the same values."""
     numel = one.tensors[name].numel
-    return all(
+    return numel == other.tensors[other_name].numel and all(
         np.array_equal(
             one.read(name, start, min(start + BLOCK, numel)),
             other.read(other_name, start, min(start + BLOCK, numel)),

@@ -2,6 +2,7 @@
 
 Change   W + s B A with s = alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA. Weights stored as (in,
          out) (GPT-2's Conv1D) and embeddings take the transpose.
+         Embeddings and output that an adapter brings whole may have more rows than the base: added tokens.
 Refused  Everything that makes the adapted weight anything else: DoRA, activated LoRA, bias on B, starts
          that also move the base (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ), trainable tokens, other PEFT types.
          A key of the adapter's config that is switched on and not known here is refused too: a new kind is
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.checkpoints.header import TensorInfo
+from weightsmith.checkpoints.names import is_over_tokens
 from weightsmith.errors import CheckpointError, nearest
 from weightsmith.tensors.floats import FLOAT_DTYPES
 
@@ -189,12 +191,32 @@ def _replacements(
     found: dict[str, list[str]] = {}
     for name, short in whole.items():
         stored = _stored(short, base, tied, where)
-        if tensors[name].shape != base[stored].shape:
-            raise CheckpointError(
-                f"{where}: `{name}` is {tensors[name].shape}, the base's `{stored}` is {base[stored].shape}"
-            )
+        ours, theirs = tensors[name].shape, base[stored].shape
+        # A tuning that added tokens saves its embeddings whole, longer than the base's.
+        fits = (
+            ours[1:] == theirs[1:] and len(ours) == len(theirs) if is_over_tokens(stored) else ours == theirs
+        )
+        if not fits:
+            raise CheckpointError(f"{where}: `{name}` is {ours}, the base's `{stored}` is {theirs}")
         found.setdefault(stored, []).append(name)
+    _check_rows({name: tensors[own[0]] for name, own in found.items()}, base, where)
     return found
+
+
+def _check_rows(replaced: Mapping[str, TensorInfo], base: Mapping[str, TensorInfo], where: Path) -> None:
+    """Where an adapter changes the number of tokens, all that counts them must change with it."""
+    rows = {
+        name: (replaced[name] if name in replaced else base[name]).shape[0]
+        for name in base
+        if is_over_tokens(name) and base[name].shape
+    }
+    changed = [name for name in rows if rows[name] != base[name].shape[0]]
+    for name, count in rows.items():
+        if changed and count != rows[changed[0]]:
+            raise CheckpointError(
+                f"{where}: leaves `{name}` with {count} rows and gives `{changed[0]}` {rows[changed[0]]}; "
+                "embedding and output need as many"
+            )
 
 
 def _stored(name: str, base: Mapping[str, TensorInfo], tied: Mapping[str, str], where: Path) -> str:

@@ -28,6 +28,14 @@ _SHARED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _HEADED = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "WithLMHead", "ForMaskedLM")
 
 
+_OVER_TOKENS = frozenset(name for pair in _HEADS for name in pair)
+
+
+def is_over_tokens(name: str) -> bool:
+    """Whether tensor `name` is an embedding or output projection, whose first axis counts tokens."""
+    return name in _OVER_TOKENS
+
+
 def layer_index(name: str) -> int | None:
     """The number of the layer that tensor `name` belongs to: its first path part that is an integer.
 

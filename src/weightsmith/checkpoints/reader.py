@@ -87,7 +87,7 @@ class Checkpoint:
         """Open a model folder, a hub model, or a PEFT adapter on top of its base.
 
         Args:
-            source: A folder or a hub id (`owner/name`, `owner/name@revision`).
+            source: A folder or a hub id (`owner/name`, `owner/name@revision`), or `model+adapter`.
             base: For an adapter, the model it belongs to, instead of the one its config names. A checkpoint
                 given here stays the caller's to close.
             offline: Never ask the hub, use its local cache only.
@@ -97,6 +97,11 @@ class Checkpoint:
                 wrong.
             SystemFault: the machine refused to read it.
         """
+        below, plus, adapter = str(source).rpartition("+")
+        if plus and not Path(source).expanduser().exists():
+            opened = cls.open(adapter, base=below, offline=offline)
+            opened.check_adapter(str(source))
+            return opened
         folder, name = folders.resolve(source, offline=offline)
         with system_faults(folder):
             if folders.is_adapter(folder):
@@ -115,6 +120,18 @@ class Checkpoint:
             tensors=files.tensors,
             descriptors=files.descriptors,
         )
+
+    def check_adapter(self, source: str) -> None:
+        """Refuse what stands behind a `+` and is no adapter; closes it then.
+
+        Raises:
+            CheckpointError: it is a whole model, and what it was to be put on has no part in it.
+        """
+        if not folders.is_adapter(self.path):
+            self.close()
+            raise CheckpointError(
+                f"{source}: {self.name} is a whole model, expected an adapter behind the `+`"
+            )
 
     @property
     def side_files(self) -> tuple[Path, ...]:

@@ -19,7 +19,9 @@ def register(app: typer.Typer) -> None:
 
     @app.command(epilog="Example: weightsmith stats models/code stats/code --data code.jsonl --kind gram")
     def stats(
-        model: Annotated[str, typer.Argument(help="A causal language model: folder or hub id.")],
+        model: Annotated[
+            str, typer.Argument(help="A causal language model: folder, hub id, adapter, model+adapter.")
+        ],
         out: Annotated[Path, typer.Argument(help="Folder to make.")],
         data: Annotated[
             list[str],
@@ -43,12 +45,12 @@ def register(app: typer.Typer) -> None:
         """Measure a model on data, for merge methods that need statistics."""
         from weightsmith.checkpoints import Checkpoint
         from weightsmith.cli.progress import bars
-        from weightsmith.evaluation.models import load_tokenizer, window_length
+        from weightsmith.evaluation.models import load_tokenizer, tokenizer_folder, window_length
         from weightsmith.merging import measure
         from weightsmith.training.data import held_out_batches
 
         with Checkpoint.open(model) as checkpoint:
-            folder, config = checkpoint.path, checkpoint.config
+            folder, config = tokenizer_folder(checkpoint), checkpoint.config
         batches = held_out_batches(
             data,
             load_tokenizer(folder),

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightsmith.checkpoints import Checkpoint
+from weightsmith.checkpoints.adapter import AdapterCheckpoint
+from weightsmith.checkpoints.names import is_over_tokens
 from weightsmith.errors import CheckpointError, InputError, require
 from weightsmith.registry import load
 
@@ -26,7 +29,7 @@ def load_model(
     """The model and tokenizer of a folder or hub id, in evaluation mode.
 
     Args:
-        source: Folder or hub id.
+        source: Folder or hub id; an adapter's folder, or `model+adapter`, gives the model it stands for.
         device: "auto" (CUDA where there is one), or what `torch.device` takes.
         dtype: "auto" (float32 on the CPU, as stored elsewhere), or a torch dtype's name.
 
@@ -35,23 +38,54 @@ def load_model(
         MissingExtraError: transformers is not installed.
     """
     transformers = require("transformers", extra="hf", needed_by="evaluation")
-    from weightsmith.checkpoints import Checkpoint
-
-    with Checkpoint.open(source) as checkpoint:  # a torn file is one clear line here, and forty in a loader
-        folder, name = checkpoint.path, checkpoint.name
     on = choose_device(device)
     wanted = ("float32" if on.type == "cpu" else "auto") if dtype == "auto" else dtype
-    for file, method in OPENED_BY.items():
-        if (folder / file).is_file():
-            return load(method).from_pretrained(folder, dtype=wanted).to(on), load_tokenizer(folder)
-    with without_bars():
-        try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=wanted)
-        except (OSError, ValueError, RuntimeError) as problem:
+    with Checkpoint.open(source) as checkpoint:  # a torn file is one clear line here, and forty in a loader
+        plain = checkpoint.plain if isinstance(checkpoint, AdapterCheckpoint) else checkpoint
+        folder, name, words = plain.path, checkpoint.name, tokenizer_folder(checkpoint)
+        for file, method in OPENED_BY.items():
+            if (folder / file).is_file():
+                return load(method).from_pretrained(folder, dtype=wanted).to(on), load_tokenizer(folder)
+        with without_bars():
+            try:
+                model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=wanted)
+            except (OSError, ValueError, RuntimeError) as problem:
+                raise CheckpointError(
+                    f"{name}: can't be loaded as a causal language model: {first_line(problem)}"
+                ) from problem
+        if isinstance(checkpoint, AdapterCheckpoint):
+            _adapt(model, checkpoint)
+    return model.to(on).eval(), load_tokenizer(words)
+
+
+def tokenizer_folder(checkpoint: Checkpoint) -> Path:
+    """Where the tokenizer of a model lies: an adapter may have none of its own."""
+    files = checkpoint.side_file_map()
+    marks = [file for name, file in files.items() if name.startswith(("tokenizer", "vocab", "spiece"))]
+    return marks[0].parent if marks else checkpoint.path
+
+
+def _adapt(model: PreTrainedModel, checkpoint: AdapterCheckpoint) -> None:
+    """Give a loaded model the weights that an adapter makes of its own."""
+    import torch
+
+    rows = {checkpoint.tensors[name].shape[0] for name in checkpoint.changed if is_over_tokens(name)}
+    embedding: Any = model.get_input_embeddings()
+    if rows and min(rows) != embedding.weight.shape[0]:
+        model.resize_token_embeddings(min(rows), mean_resizing=False)
+    # Files of some families lack the model's own prefix.
+    short = {name.removeprefix(f"{model.base_model_prefix}."): name for name, _ in model.named_parameters()}
+    known = dict(model.named_parameters())
+    for name in sorted(checkpoint.changed):
+        parameter = known.get(name if name in known else short.get(name, name))
+        shape = checkpoint.tensors[name].shape
+        if parameter is None or tuple(parameter.shape) != tuple(shape):
             raise CheckpointError(
-                f"{name}: can't be loaded as a causal language model: {first_line(problem)}"
-            ) from problem
-    return model.to(on).eval(), load_tokenizer(folder)
+                f"{checkpoint.name}: changes `{name}`, which the loaded model has under no name of its own; "
+                "expand it first: merge it alone by `passthrough`"
+            )
+        with torch.no_grad():
+            parameter.copy_(torch.from_numpy(checkpoint.read(name)).reshape(shape))
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

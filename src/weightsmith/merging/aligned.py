@@ -153,6 +153,14 @@ class AlignedCheckpoint(Checkpoint):
         """Whether the tensor's bytes are as they are stored."""
         return self.tied.get(name, name) not in self._aligned and self.inner.stores(name)
 
+    def like(self, other: Checkpoint, prefix: str) -> AlignedCheckpoint:
+        """Another checkpoint whose tensors `prefix + name` have the rows of this one's, in the same order.
+
+        Rows that this one lacks are zeros there: nothing is known of them.
+        """
+        names = [prefix + name for name in self._aligned if prefix + name in other.tensors]
+        return AlignedCheckpoint(other, names, self._own, Filler((), None))
+
     def fingerprint(self, *, full: bool = False) -> str:
         """That of the checkpoint itself: how its rows were ordered is told in the output's lineage."""
         return self.inner.fingerprint(full=full)

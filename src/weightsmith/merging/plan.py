@@ -263,6 +263,8 @@ class MergePlan:
         if "config.json" not in files:
             return files
         config = old = _object(files["config.json"])
+        if self._sources.alignment is None:
+            config = _with_rows(config, self.donor.config)
         for restack in self._sources.restacks:
             config, doubtful = restacked(config, restack.kept, restack.depth, restack.module)
             if doubtful:
@@ -385,6 +387,17 @@ def _object(file: Path | bytes) -> dict[str, Any]:
 
 def _facts(ancestor: Ancestor) -> tuple[Any, ...]:
     return ancestor.name, ancestor.fingerprint, ancestor.lineage, ancestor.content
+
+
+def _with_rows(config: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the number of token rows that is known of its model: an adapter may bring more."""
+    new = dict(config)
+    for key in ("vocab_size", "text_config"):
+        if isinstance(new.get(key), dict) and isinstance(known.get(key), Mapping):
+            new[key] = _with_rows(new[key], known[key])
+        elif key == "vocab_size" and new.get(key) is not None:
+            new[key] = known.get(key, new[key])
+    return new
 
 
 def _with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:

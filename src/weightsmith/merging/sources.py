@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightsmith.checkpoints import Checkpoint, TensorInfo, layer_index
+from weightsmith.checkpoints.adapter import AdapterCheckpoint
+from weightsmith.checkpoints.folder import ADAPTER_CONFIG, read_object
 from weightsmith.errors import CheckpointError
 from weightsmith.merging import compatibility
 from weightsmith.merging.config import Input, Keys, MergeConfig, OutputSlice, show
@@ -172,13 +174,14 @@ class Sources:
         for checkpoint in self._opened.values():
             compatibility.check_plain(checkpoint)
         self._slices = [self._assign(part) for part in config.slices]
+        measured_folders = [measured.checkpoint for measured in self.statistics.values()]
         self._check_models()
         for roles in self._slices:
             self._by_module.setdefault(roles.part.module or WHOLE, []).append(roles)
         for module, slices in self._by_module.items():
             if not any(roles.part.stacked for roles in slices):
                 self._check_names(module, slices[0])
-        self.roles += [(measured.checkpoint, "statistics") for measured in self.statistics.values()]
+        self.roles += [(measured, "statistics") for measured in measured_folders]
 
     def _open(self, model: str, keys: Keys) -> None:
         """Open a model that the page names at `keys`, once."""
@@ -189,15 +192,28 @@ class Sources:
         try:
             if plus and not Path(model).exists():
                 self._open(folder, keys)
-                self._opened[key] = Checkpoint.open(adapter, base=self.opened(folder))
+                opened = Checkpoint.open(adapter, base=self.opened(folder))
+                opened.check_adapter(model)
+                self._opened[key] = opened
                 return
-            # An adapter's own config often names a path of the machine it was trained on; the page knows
-            # better.
-            base = self.config.base
-            known = self._opened.get(self._identity(base)) if base is not None else None
-            self._opened[key] = Checkpoint.open(model, base=known)
+            self._opened[key] = Checkpoint.open(model, base=self._below(model))
         except CheckpointError as problem:
             raise self._placed(problem, keys) from problem
+
+    def _below(self, model: str) -> Checkpoint | None:
+        """What an adapter that is named alone stands on: an adapter's own config often names a path of the
+        machine it was trained on, so the page's base. Where that is an adapter itself, the model under it,
+        unless the config names that adapter.
+        """
+        base = self.config.base
+        known = self._opened.get(self._identity(base)) if base is not None else None
+        settings = Path(model).expanduser() / ADAPTER_CONFIG
+        named = read_object(settings).get("base_model_name_or_path") if settings.is_file() else None
+        while isinstance(known, AdapterCheckpoint):
+            if named and Path(named).expanduser().resolve() == known.path.resolve():
+                break
+            known = known.base
+        return known
 
     def _placed(self, problem: CheckpointError, keys: Keys) -> CheckpointError:
         """The problem with the line of the page that names the model, where there is a page."""
@@ -299,12 +315,9 @@ class Sources:
             return
         self.warnings += self.alignment.warnings
         aligned = self.alignment.checkpoints
-        measured = [one for key, one in self.statistics.items() if key in aligned]
-        if measured:
-            raise CheckpointError(
-                f"{measured[0].source}: was measured over the tokens of its model, which are not the "
-                f"output's; measure a model that has those. {compatibility.NOTHING_WRITTEN}"
-            )
+        for key, measured in list(self.statistics.items()):
+            if key in aligned:
+                self.statistics[id(aligned[key])] = measured.aligned(aligned[key])
 
         def of(checkpoint: Checkpoint) -> Checkpoint:
             return aligned.get(id(checkpoint), checkpoint)

@@ -7,6 +7,7 @@ model.safetensors   `fisher.<parameter>`: diagonal Fisher information, of the pa
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from weightsmith.checkpoints import Checkpoint
 from weightsmith.checkpoints.folder import read_object
 from weightsmith.errors import CheckpointError
+from weightsmith.merging.aligned import AlignedCheckpoint
 from weightsmith.merging.compatibility import NOTHING_WRITTEN
 from weightsmith.merging.matrices import inputs_first
 from weightsmith.merging.parameter import Statistic
@@ -74,6 +76,15 @@ class Statistics:
     def close(self) -> None:
         """Close its files."""
         self.checkpoint.close()
+
+    def aligned(self, model: Checkpoint) -> Statistics:
+        """The same for a model whose token rows are in another order.
+
+        Fisher information moves with its rows, and that of a token the model lacks is 0: the model has no
+        say in it. Gram matrices are over inputs of layers, which no order of tokens changes.
+        """
+        assert isinstance(model, AlignedCheckpoint)
+        return dataclasses.replace(self, checkpoint=model.like(self.checkpoint, "fisher."))
 
     def find(self, kind: Kind, name: str) -> Statistic | None:
         """What was measured of one parameter; None where nothing was."""

@@ -288,6 +288,13 @@ METHODS: tuple[MethodCard, ...] = (
         verdict="peer",
     ),
     _training(
+        "meap",
+        "MEAP",
+        "2502.07490",
+        "meap.collator:DataCollatorForMEAP",
+        "Hide a part of what a causal model reads, so that it learns to find things in its context.",
+    ),
+    _training(
         "sewa",
         "SeWA",
         "2502.10119",

@@ -1,0 +1,166 @@
+"""MEAP in the Hugging Face Trainer and in what is made from it, such as TRL's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from weightsmith.errors import InputError
+from weightsmith.training.meap.answers import IGNORED, WEIGHTS, weighted_loss
+from weightsmith.training.meap.collator import DataCollatorForMEAP
+from weightsmith.training.meap.tokens import check_mask_id
+
+_Base = Trainer if TYPE_CHECKING else object
+
+
+class MEAPTrainerMixin(_Base):
+    """A Trainer whose `data_collator`, a `DataCollatorForMEAP`, masks batches of training and no others.
+
+    Put it before the Trainer: `class MyTrainer(MEAPTrainerMixin, SFTTrainer)`. Data loaders give clean
+    batches; each batch of training is masked where the Trainer takes it, by its step and its place in the
+    step, so a resumed run has the masks of an undisturbed one whatever the workers do. With any other
+    collator the Trainer stays as it is.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.meap: DataCollatorForMEAP | None = None
+        collator = self.data_collator
+        if isinstance(collator, DataCollatorForMEAP):
+            check_mask_id(
+                collator.mask_token_id, collator.tokenizer, self.accelerator.unwrap_model(self.model)
+            )
+            self.meap = collator
+            self.data_collator = collator.clean
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """As the Trainer's, masked before labels are counted."""
+        if self.meap is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        samples, count = super().get_batch_samples(self._masked(epoch_iterator), num_batches, device)
+        if samples and WEIGHTS in samples[0] and count is not None:
+            count = torch.stack([((b["labels"] != IGNORED) * b[WEIGHTS])[:, 1:].sum() for b in samples]).sum()
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                count = self.accelerator.gather(count.to(device)).sum()
+        return samples, count
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """As the Trainer's; labels of masked copies may count otherwise than those of originals."""
+        if WEIGHTS not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        weights = inputs.pop(WEIGHTS)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = weighted_loss(outputs.logits, labels, weights, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, with `meap/masked`: the share of tokens masked since the last line."""
+        if self.meap is not None and "loss" in logs:
+            logs["meap/masked"] = self.meap.fraction()
+        super().log(logs, *args, **kwargs)
+
+    def _masked(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        assert self.meap is not None
+        for micro_step, batch in enumerate(batches):
+            yield self.meap.mask(dict(batch), (self.state.global_step, micro_step))
+
+
+class MEAPTrainer(MEAPTrainerMixin, Trainer):
+    """A Trainer that masks batches of training and evaluates on clean ones.
+
+    Example:
+        >>> # MEAPTrainer(model, args, train_dataset=data, data_collator=DataCollatorForMEAP(base, tokenizer))
+    """
+
+
+class MEAPCallback(TrainerCallback):
+    """Keeps a plain Trainer's evaluation clean, tells its collator the epoch, and logs what is masked.
+
+    Adds `meap/masked`, the share of tokens masked since the last line, and `meap/mask_norm`, the norm of the
+    mask token's embedding. With `dataloader_persistent_workers` the workers hold copies of the collator that
+    nothing reaches: take `MEAPTrainerMixin` there.
+
+    Args:
+        collator: The Trainer's `data_collator`.
+
+    Example:
+        >>> # Trainer(model, args, data_collator=collator, callbacks=[MEAPCallback(collator)])
+    """
+
+    def __init__(self, collator: DataCollatorForMEAP) -> None:
+        self.collator = collator
+        collator.eval()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at the model's embedding, and mask from now on."""
+        if args.dataloader_persistent_workers and args.dataloader_num_workers:
+            raise InputError(
+                "MEAPCallback: persistent workers (dataloader_persistent_workers) keep their own copy of the "
+                "collator; take MEAPTrainerMixin"
+            )
+        check_mask_id(self.collator.mask_token_id, self.collator.tokenizer, kwargs["model"])
+        self.collator.train()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Other masks for each epoch."""
+        self.collator.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Clean batches for the evaluation that comes."""
+        if control.should_evaluate:
+            self.collator.eval()
+
+    on_epoch_end = on_step_end
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Mask again, where training goes on."""
+        if state.global_step < state.max_steps:
+            self.collator.train()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Clean batches from now on."""
+        self.collator.eval()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the two numbers to a line of training."""
+        if logs is None or "loss" not in logs:
+            return
+        row = kwargs["model"].get_input_embeddings().weight[self.collator.mask_token_id]
+        more = {"meap/mask_norm": float(row.detach().float().norm())}
+        if args.dataloader_num_workers == 0:  # workers count for themselves
+            more["meap/masked"] = self.collator.fraction()
+        logs.update(more)
+        if state.log_history:
+            state.log_history[-1].update(more)

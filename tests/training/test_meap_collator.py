@@ -1,0 +1,414 @@
+"""MEAP around other collators: clean labels, protected tokens, copies of answers, mask tokens that fit."""
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    default_data_collator,
+)
+
+from weightsmith.errors import InputError
+from weightsmith.testbed import write_model_folder
+from weightsmith.testbed.alphabet import EOS, PAD, VOCABULARY
+from weightsmith.training import DataCollatorForMEAP, resolve_mask_token, strip_mask_token
+from weightsmith.training.meap.answers import find_answers, weighted_loss
+from weightsmith.training.meap.masking import authors_places
+
+MASK = VOCABULARY["<mask>"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return PreTrainedTokenizerFast.from_pretrained(write_model_folder("xs", tmp_path_factory.mktemp("bed")))
+
+
+@pytest.fixture
+def bare(tokenizer):
+    """The same tokenizer without a mask token."""
+    found = copy.deepcopy(tokenizer)
+    found.mask_token = None
+    return found
+
+
+def tiny(vocabulary=100, tied=False):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,  # attention that matters
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def row(length, seed=0):
+    return torch.randint(0, 90, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def pair(prompt, answer, seed=0):
+    """A prompt and an answer with its end token, as a row of training."""
+    ids = [*row(prompt + answer, seed), EOS]
+    return {
+        "input_ids": ids,
+        "attention_mask": [1] * len(ids),
+        "labels": [-100] * prompt + ids[prompt:],
+    }
+
+
+def padding(tokenizer, side="right"):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = side
+    return DataCollatorForSeq2Seq(tokenizer)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_are_the_base_collators_and_special_tokens_stay(tokenizer, side):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = side
+    base = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    rows = [{"input_ids": [EOS, *row(length, length), EOS]} for length in (30, 12, 3)]
+    clean, masked = base(rows), DataCollatorForMEAP(base, tokenizer, mask_ratio=0.5)(rows)
+    assert torch.equal(masked["labels"], clean["labels"])
+    hidden = masked["input_ids"] == MASK
+    assert torch.equal(masked["input_ids"][~hidden], clean["input_ids"][~hidden])
+    assert not hidden[(clean["input_ids"] == EOS) | (clean["input_ids"] == PAD)].any()
+    # The last token that could be masked is not: half of 29, of 11 and of 2.
+    assert hidden.sum(1).tolist() == [14, 5, 1]
+    everything = DataCollatorForMEAP(base, tokenizer, mask_ratio=0.5, protect_special=False)(rows)
+    assert (everything["input_ids"] == MASK).sum(1).tolist() == [15, 6, 2]
+
+
+def test_labels_that_are_missing_are_clean_ids_without_padding_and_starts_of_documents():
+    collator = DataCollatorForMEAP(default_data_collator, mask_token_id=MASK, mask_ratio=0.4)
+    ids = row(12)
+    features = {"input_ids": ids, "attention_mask": [1] * 10 + [0] * 2}
+    assert collator([features])["labels"].tolist() == [[*ids[:10], -100, -100]]
+    features = {"input_ids": ids, "position_ids": [0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4, 5]}
+    wanted = [-100 if place in (4, 6) else token for place, token in enumerate(ids)]
+    assert collator([features])["labels"].tolist() == [wanted]
+
+
+def test_packed_documents_keep_what_the_packing_collator_set(tokenizer):
+    base = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    rows = [{"input_ids": row(length, length)} for length in (20, 7, 9)]
+    clean, masked = base(rows), DataCollatorForMEAP(base, tokenizer, mask_ratio=0.3)(rows)
+    assert (masked["input_ids"] == MASK).sum() == math.floor(0.3 * 35)
+    for key, value in clean.items():
+        if key != "input_ids":
+            assert torch.equal(torch.as_tensor(masked[key]), torch.as_tensor(value)), key
+
+
+def test_masks_follow_seed_epoch_content_and_position_and_nothing_else():
+    def hidden(start=0, epoch=0, seed=0, position=None, calls=0):
+        collator = DataCollatorForMEAP(default_data_collator, mask_token_id=MASK, seed=seed)
+        collator.set_epoch(epoch)
+        for _ in range(calls):
+            collator([{"input_ids": row(40, 99)}])
+        batch = collator.clean([{"input_ids": row(40, start)}, {"input_ids": row(40, start)}])
+        return collator.mask(batch, position)["input_ids"] == MASK
+
+    assert torch.equal(hidden(), hidden(calls=5))
+    assert not torch.equal(hidden()[0], hidden()[1])
+    for other in ({"start": 1}, {"epoch": 1}, {"seed": 1}, {"position": (3, 0)}):
+        assert not torch.equal(hidden(), hidden(**other))
+    assert torch.equal(hidden(position=(3, 1)), hidden(position=(3, 1)))
+    assert not torch.equal(hidden(position=(3, 1)), hidden(position=(3, 0)))
+
+
+def test_the_authors_masks_are_one_for_all_rows_and_come_again(tokenizer):
+    options = {"per_row": False, "protect_special": False, "seed_cycle": 51}
+    collator = DataCollatorForMEAP(default_data_collator, tokenizer, **options)
+    batch = collator.clean([{"input_ids": [EOS, *row(63, seed)]} for seed in range(3)])
+    for step in (0, 7, 58):
+        hidden = collator.mask(batch, (step, 1))["input_ids"] == MASK
+        for line in hidden:
+            assert line.nonzero().flatten().tolist() == sorted(authors_places(step, 64, 0.15))
+    with pytest.raises(InputError, match="seed_cycle goes by steps"):
+        collator.mask(batch)
+
+
+def test_evaluation_is_clean():
+    collator = DataCollatorForMEAP(default_data_collator, mask_token_id=MASK)
+    collator.eval()
+    assert not (collator([{"input_ids": row(50)}])["input_ids"] == MASK).any()
+    collator.train()
+    assert (collator([{"input_ids": row(50)}])["input_ids"] == MASK).any()
+
+
+def test_a_masked_input_changes_logits_from_its_place_on():
+    model, ids = tiny(), torch.tensor([row(20)])
+    other = ids.clone()
+    other[0, 7] = MASK
+    before, after = model(input_ids=ids).logits, model(input_ids=other).logits
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert not torch.equal(before[:, 7:], after[:, 7:])
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.2])
+def test_the_mask_row_learns_only_where_something_is_masked(ratio):
+    model = tiny()
+    collator = DataCollatorForMEAP(default_data_collator, mask_token_id=MASK, mask_ratio=ratio)
+    batch = collator([{"input_ids": row(20)}])
+    model(**batch).loss.backward()
+    assert bool(model.get_input_embeddings().weight.grad[MASK].any()) == (ratio > 0)
+    if ratio == 0:
+        ids = torch.tensor([row(20)])
+        assert torch.equal(model(**batch).loss, model(input_ids=ids, labels=ids).loss)
+
+
+# -- copies of answers
+
+
+def test_a_copys_labels_are_the_masked_tokens_of_its_answer(tokenizer):
+    rows = [pair(10, 60, 1), pair(5, 51, 2), pair(5, 50, 3)]
+    collator = DataCollatorForMEAP(padding(tokenizer), tokenizer, mode="sft")
+    clean, made = collator.clean(rows), collator(rows)
+    assert made["input_ids"].shape == (5, 71)  # the answer of 50 tokens gets none
+    for key, value in clean.items():
+        assert torch.equal(made[key][:3], value), key
+    for source, place, prompt, answer, count in ((0, 3, 10, 60, 6), (1, 4, 5, 51, 5)):
+        ids, labels = made["input_ids"][place], made["labels"][place]
+        hidden = ids == MASK
+        assert hidden.sum() == count
+        assert hidden.nonzero().min() >= prompt
+        assert hidden.nonzero().max() < prompt + answer  # the end token stays
+        assert torch.equal(labels != -100, hidden)
+        assert torch.equal(labels[hidden], clean["input_ids"][source][hidden])
+        assert torch.equal(ids[~hidden], clean["input_ids"][source][~hidden])
+        assert torch.equal(made["attention_mask"][place], clean["attention_mask"][source])
+
+
+def authors_rows(prompt, answer, places):
+    """What the authors' preprocessing makes of one pair, given the places it draws in the answer."""
+    ids = [*prompt, *answer, EOS]
+    rows = [(ids, [-100] * len(prompt) + [*answer, EOS])]
+    if len(answer) > 50:
+        hidden, labels = list(ids), [-100] * len(ids)
+        for place in places:
+            hidden[len(prompt) + place] = MASK
+            labels[len(prompt) + place] = answer[place]
+        rows.append((hidden, labels))
+    return rows
+
+
+@pytest.mark.parametrize("answer", [40, 50, 51, 80])
+def test_rows_are_those_of_the_authors_preprocessing(tokenizer, answer):
+    whole = pair(6, answer)
+    made = DataCollatorForMEAP(padding(tokenizer), tokenizer, mode="sft")([whole])
+    places = (made["input_ids"][-1] == MASK).nonzero().flatten() - 6
+    wanted = authors_rows(whole["input_ids"][:6], whole["input_ids"][6:-1], places.tolist())
+    found = list(zip(made["input_ids"].tolist(), made["labels"].tolist(), strict=True))
+    assert found == [(ids, labels) for ids, labels in wanted]
+
+
+def test_each_turn_of_a_conversation_has_its_own_count_and_keeps_its_history(tokenizer):
+    ids = [*row(5), *row(60, 1), EOS, *row(8, 2), *row(20, 3), EOS, *row(4, 4), *row(70, 5), EOS]
+    labels = [-100] * 5 + ids[5:66] + [-100] * 8 + ids[74:95] + [-100] * 4 + ids[99:]
+    features = {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}
+    made = DataCollatorForMEAP(padding(tokenizer), tokenizer, mode="sft")([features])
+    hidden = made["input_ids"][1] == MASK
+    assert (hidden[5:65].sum(), hidden[74:95].sum(), hidden[99:169].sum()) == (6, 0, 7)
+    assert hidden.sum() == 13
+    assert torch.equal(made["input_ids"][1][~hidden], torch.tensor(ids)[~hidden])
+
+
+def test_answers_end_before_their_closing_token_and_never_begin_a_document():
+    ids = torch.tensor([[1, 2, 3, 4, 9, 5, 6, 9]])
+    labels = torch.tensor([[1, 2, -100, 4, 9, 5, 6, 9]])
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
+    found = find_answers(ids, labels, positions, closing={9})
+    assert [(one.start, one.stop) for one in found] == [(1, 2), (3, 4), (6, 7)]
+
+
+def total(model, made):
+    """Sum of the losses, as a Trainer takes it over a whole batch."""
+    return model(**made, num_items_in_batch=1).loss.item()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_copies_in_the_same_row_have_the_loss_of_copies_in_their_own(tokenizer, side):
+    rows = [pair(4, 60, 1), pair(9, 20, 2), pair(3, 70, 3)]
+    model, made = tiny(), {}
+    for layout in ("separate", "concat", "concat_visible"):
+        collator = DataCollatorForMEAP(padding(tokenizer, side), tokenizer, mode="sft", layout=layout)
+        made[layout] = collator(rows)
+    assert made["separate"]["input_ids"].shape[0] == 5
+    assert made["concat"]["input_ids"].shape == (3, 148)
+    labelled = {layout: int((batch["labels"] != -100).sum()) for layout, batch in made.items()}
+    assert set(labelled.values()) == {61 + 21 + 71 + 6 + 7}
+    found = {layout: total(model, batch) for layout, batch in made.items()}
+    assert found["concat"] == pytest.approx(found["separate"], rel=1e-5)
+    assert abs(found["concat_visible"] - found["separate"]) > 1e-3 * found["separate"]
+
+
+def test_copies_of_flattened_rows_are_further_documents_with_the_same_loss(tokenizer):
+    rows = [pair(4, 60, 1), pair(9, 20, 2), pair(3, 70, 3)]
+    base = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    flat = DataCollatorForMEAP(base, tokenizer, mode="sft")(rows)
+    documents = [65, 30, 74, 65, 74]
+    assert flat["input_ids"].shape == (1, sum(documents))
+    assert flat["cu_seq_lens_q"].tolist() == [0, *torch.tensor(documents).cumsum(0).tolist()]
+    assert flat["cu_seq_lens_q"].dtype == torch.int32
+    assert flat["max_length_q"] == 74
+    assert flat["position_ids"][0].tolist() == [place for size in documents for place in range(size)]
+    assert flat["seq_idx"][0].tolist() == [n for n, size in enumerate(documents) for _ in range(size)]
+    model = tiny()
+    model.config.use_cache = False
+    together = model(
+        input_ids=flat["input_ids"],
+        labels=flat["labels"],
+        position_ids=flat["position_ids"],
+        num_items_in_batch=1,
+    ).loss
+    alone = 0.0
+    for ids, labels in zip(
+        flat["input_ids"][0].split(documents), flat["labels"][0].split(documents), strict=True
+    ):
+        alone += model(input_ids=ids[None], labels=labels[None], num_items_in_batch=1).loss.item()
+    assert together.item() == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_copys_weight_enters_numerator_and_denominator(tokenizer):
+    collator = DataCollatorForMEAP(padding(tokenizer), tokenizer, mode="sft", copy_loss_weight=0.5)
+    made = collator([pair(4, 60), pair(4, 10)])
+    weights = made.pop("loss_weights")
+    assert weights[:2].eq(1).all()
+    assert weights[2].eq(0.5).all()
+    logits = tiny()(input_ids=made["input_ids"], attention_mask=made["attention_mask"]).logits
+    total, count = 0.0, 0.0
+    for line, labels, weight in zip(logits.double(), made["labels"], weights, strict=True):
+        for place in range(1, len(labels)):
+            if labels[place] != -100:
+                total -= weight[place] * line[place - 1].log_softmax(-1)[labels[place]]
+                count += weight[place]
+    assert weighted_loss(logits, made["labels"], weights).item() == pytest.approx((total / count).item())
+    short = collator([pair(4, 10)])
+    assert short["loss_weights"].eq(1).all()
+
+
+def test_rows_without_labels_are_counted_and_told_once(tokenizer, caplog):
+    collator = DataCollatorForMEAP(padding(tokenizer), tokenizer, mode="sft")
+    empty = {**pair(4, 60), "labels": [-100] * 65}
+    for _ in range(2):
+        assert collator([empty, pair(4, 60)])["input_ids"].shape[0] == 3
+    assert collator.rows_without_labels == 2
+    assert sum("have no labels" in record.message for record in caplog.records) == 1
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize(
+    ("features", "options", "message"),
+    [
+        ({"input_ids": [1, MASK, 3]}, {}, f"mask token {MASK} is in the clean text, 1 times, first in row 0"),
+        ({"inputs_embeds": [[0.5]]}, {}, "the batch has only inputs_embeds, expected input_ids"),
+        ({"input_ids": [0.5, 1.5]}, {}, "expected integers"),
+        ({"input_ids": [1, 2, 3]}, {"mode": "sft"}, "labels: missing; mode sft tells answers by labels"),
+    ],
+)
+def test_a_batch_that_cant_be_masked_is_named(features, options, message):
+    collator = DataCollatorForMEAP(default_data_collator, mask_token_id=MASK, **options)
+    with pytest.raises(InputError) as caught:
+        collator([features])
+    assert message in str(caught.value)
+
+
+def test_fields_that_belong_to_no_row_are_refused_for_copies(tokenizer):
+    collator = DataCollatorForMEAP(padding(tokenizer), tokenizer, mode="sft")
+    batch = {**collator.clean([pair(4, 60)]), "pixel_values": torch.zeros(3, 8)}
+    with pytest.raises(InputError, match="`pixel_values` has 3 entries for 1 rows"):
+        collator.mask(batch)
+
+
+def test_collators_that_mask_by_themselves_and_wrong_tokens_are_refused(tokenizer, bare):
+    with pytest.raises(InputError, match="MEAP needs mlm=False"):
+        DataCollatorForMEAP(DataCollatorForLanguageModeling(tokenizer), tokenizer)
+    with pytest.raises(InputError, match="has no mask token; pass mask_token_id or add_mask_token=True"):
+        DataCollatorForMEAP(default_data_collator, bare)
+    with pytest.raises(InputError, match="needs a tokenizer or mask_token_id"):
+        DataCollatorForMEAP(default_data_collator)
+    with pytest.raises(InputError, match=r"is the tokenizer's pad_token"):
+        DataCollatorForMEAP(default_data_collator, bare, mask_token_id=PAD)
+    with pytest.raises(InputError, match=r"is the tokenizer's eos_token"):
+        DataCollatorForMEAP(default_data_collator, bare, mask_token_id=EOS)
+    with pytest.raises(InputError, match="mask_token_id 300 is beyond the model's embedding of 100 rows"):
+        DataCollatorForMEAP(default_data_collator, mask_token_id=300, vocab_size=100)
+    with pytest.raises(InputError, match="add_mask_token changes a model"):
+        DataCollatorForMEAP(default_data_collator, tokenizer, add_mask_token=True)
+
+
+def test_a_share_above_one_half_is_told(caplog):
+    DataCollatorForMEAP(default_data_collator, mask_token_id=MASK, mask_ratio=0.6)
+    assert "hides more than half" in caplog.text
+
+
+# -- the token
+
+
+def test_a_mask_token_that_is_there_is_taken_as_it_is(tokenizer):
+    found = resolve_mask_token(tokenizer, tiny())
+    assert (found.token, found.id, found.rows) == ("<mask>", MASK, None)
+    assert resolve_mask_token(tokenizer, tiny(), "~").id == VOCABULARY["~"]
+    with pytest.raises(InputError, match="has no token `<masq>`; did you mean `<mask>`"):
+        resolve_mask_token(tokenizer, tiny(), "<masq>")
+    with pytest.raises(InputError, match="mask_token_id 99 is beyond the model's embedding of 64 rows"):
+        resolve_mask_token(tokenizer, tiny(64))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("rows", [100, 128])
+def test_an_added_token_is_the_mean_and_leaves_no_trace_when_it_goes(bare, tied, rows):
+    model = tiny(rows, tied)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    vocabulary, size, suppressed = bare.get_vocab(), len(bare), model.generation_config.suppress_tokens
+    state = torch.get_rng_state()
+    mask = resolve_mask_token(bare, model, add_mask_token=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (mask.token, mask.id, bare.mask_token_id) == ("[MASK]", size, size)
+    embedding = model.get_input_embeddings().weight
+    assert embedding.shape[0] == 128  # a multiple of 64, or what was there
+    torch.testing.assert_close(embedding[size], before["model.embed_tokens.weight"][:size].mean(0))
+    assert model.generation_config.suppress_tokens[-1] == size
+    ids = torch.tensor([[1, size, 3]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        embedding[size] += 1.0  # trained
+    strip_mask_token(model, bare, mask)
+    assert {name: value.shape for name, value in model.state_dict().items()} == {
+        name: value.shape for name, value in before.items()
+    }
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert model.config.vocab_size == rows
+    assert (bare.get_vocab(), bare.mask_token_id) == (vocabulary, None)
+    assert model.generation_config.suppress_tokens == suppressed
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+def test_only_the_last_token_can_go(bare):
+    model = tiny()
+    mask = resolve_mask_token(bare, model, add_mask_token=True)
+    bare.add_tokens(["<later>"])
+    with pytest.raises(InputError, match="only the last token can be taken away"):
+        strip_mask_token(model, bare, mask)
+
+
+def test_a_frozen_embedding_is_told(bare, caplog):
+    model = tiny().requires_grad_(False)
+    resolve_mask_token(bare, model, add_mask_token=True)
+    assert "the embedding is frozen" in caplog.text

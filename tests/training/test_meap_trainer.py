@@ -1,0 +1,243 @@
+"""MEAP in the Trainer: clean evaluation, masks that a resumed run draws again, means that count copies."""
+
+import pytest
+import torch
+from transformers import (
+    DataCollatorForSeq2Seq,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from weightsmith.errors import InputError
+from weightsmith.testbed import write_model_folder
+from weightsmith.testbed.alphabet import EOS, VOCABULARY
+from weightsmith.training import DataCollatorForMEAP, MEAPCallback, MEAPTrainer
+
+MASK = VOCABULARY["<mask>"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return PreTrainedTokenizerFast.from_pretrained(write_model_folder("xs", tmp_path_factory.mktemp("bed")))
+
+
+class Watching(LlamaForCausalLM):
+    """Remembers what it reads."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **inputs):
+        if not hasattr(self, "read"):
+            self.read = {True: [], False: []}
+        self.read[self.training].append(input_ids.clone())
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs)
+
+
+Watching.__name__ = "LlamaForCausalLM"  # by the name a Trainer knows that the model shifts labels
+
+
+def model(vocabulary=100):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return Watching(config)
+
+
+def texts(count=12, length=24):
+    noise = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(0, 90, (length,), generator=noise).tolist()} for _ in range(count)]
+
+
+def arguments(folder, **changes):
+    fields = {
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 0.01,
+        "logging_steps": 2,
+        "save_steps": 3,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 1,
+    }
+    return TrainingArguments(**{**fields, **changes})
+
+
+def run(folder, cls=MEAPTrainer, collator=None, callbacks=(), resume=None, data=None, **changes):
+    collator = collator or DataCollatorForMEAP(default_data_collator, mask_token_id=MASK, seed=5)
+    trainer = cls(
+        model(),
+        arguments(folder, **changes),
+        train_dataset=data or texts(),
+        eval_dataset=texts(4),
+        data_collator=collator,
+        callbacks=list(callbacks),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def plain_loss(network):
+    ids = torch.tensor([text["input_ids"] for text in texts(4)])
+    with torch.no_grad():
+        return network.eval()(input_ids=ids, labels=ids).loss.item()
+
+
+def masked(batches):
+    return [int((ids == MASK).sum()) for ids in batches]
+
+
+def test_training_is_masked_and_evaluation_is_not(tmp_path):
+    trainer = run(tmp_path, eval_strategy="steps", eval_steps=2)
+    network = trainer.model
+    assert masked(network.read[True]) == [6] * 6  # 3 of 23 tokens in each of two rows
+    assert set(masked(network.read[False])) == {0}
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain_loss(network), rel=1e-5)
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["meap/masked"] for line in lines] == [6 / 48] * 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_has_the_masks_of_an_undisturbed_one(tmp_path, workers):
+    options = {"gradient_accumulation_steps": 2, "dataloader_num_workers": workers}
+    whole = run(tmp_path / "whole", **options)
+    resumed = run(tmp_path / "more", resume=str(tmp_path / "whole" / "checkpoint-3"), **options)
+    assert torch.equal(weights(whole), weights(resumed))
+    for one, other in zip(whole.model.read[True][6:], resumed.model.read[True], strict=True):
+        assert torch.equal(one, other)
+    hidden = [tuple((ids == MASK).flatten().tolist()) for ids in whole.model.read[True]]
+    assert len(set(hidden)) == 12
+
+
+def test_the_callback_does_the_same_for_a_plain_trainer(tmp_path):
+    collator = DataCollatorForMEAP(default_data_collator, mask_token_id=MASK, seed=5)
+    trainer = run(tmp_path, Trainer, collator, [MEAPCallback(collator)], eval_strategy="steps", eval_steps=2)
+    network = trainer.model
+    assert masked(network.read[True]) == [6] * 6
+    assert set(masked(network.read[False])) == {0}
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain_loss(network), rel=1e-5)
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert all(line["meap/masked"] > 0 and line["meap/mask_norm"] > 0 for line in lines)
+    resumed = run(
+        tmp_path / "more", Trainer, collator, [MEAPCallback(collator)], str(tmp_path / "checkpoint-3")
+    )
+    assert torch.equal(weights(trainer), weights(resumed))
+
+
+def test_epochs_have_masks_of_their_own(tmp_path):
+    collator = DataCollatorForMEAP(default_data_collator, mask_token_id=MASK)
+    trainer = run(
+        tmp_path,
+        Trainer,
+        collator,
+        [MEAPCallback(collator)],
+        data=texts(1),
+        per_device_train_batch_size=1,
+        max_steps=4,
+    )
+    assert len({tuple(ids.flatten().tolist()) for ids in trainer.model.read[True]}) == 4
+
+
+def test_evaluation_with_the_collator_alone_is_told(tmp_path, caplog):
+    trainer = run(tmp_path, Trainer, eval_strategy="steps", eval_steps=2)
+    assert sum("evaluates on masked inputs" in record.message for record in caplog.records) == 1
+    trainer.data_collator.eval()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain_loss(trainer.model), rel=1e-5)
+
+
+def test_without_our_collator_the_trainer_is_the_trainer(tmp_path):
+    ours = run(tmp_path / "a", MEAPTrainer, default_data_collator, data=with_labels())
+    theirs = run(tmp_path / "b", Trainer, default_data_collator, data=with_labels())
+    assert torch.equal(weights(ours), weights(theirs))
+
+
+def with_labels():
+    return [{**text, "labels": text["input_ids"]} for text in texts()]
+
+
+def test_nothing_masked_is_plain_training(tmp_path):
+    collator = DataCollatorForMEAP(default_data_collator, mask_token_id=MASK, mask_ratio=0.0)
+    ours = run(tmp_path / "a", MEAPTrainer, collator)
+    theirs = run(tmp_path / "b", Trainer, default_data_collator, data=with_labels())
+    assert torch.equal(weights(ours), weights(theirs))
+
+
+def answered(length, seed):
+    ids = [*torch.randint(0, 90, (6 + length,), generator=torch.Generator().manual_seed(seed)).tolist(), EOS]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * 6 + ids[6:]}
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_copies_count_in_the_mean_over_all_tokens_of_an_accumulated_batch(tmp_path, tokenizer, weight):
+    collator = DataCollatorForMEAP(
+        DataCollatorForSeq2Seq(tokenizer), tokenizer, mode="sft", copy_loss_weight=weight, seed=2
+    )
+    data = [answered(60, 1), answered(20, 2), answered(55, 3), answered(90, 4)]
+    trainer = run(
+        tmp_path,
+        MEAPTrainer,
+        collator,
+        data=data,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+        logging_steps=1,
+        learning_rate=0.0,
+    )
+    assert [len(ids) for ids in trainer.model.read[True]] != [2, 2]
+    # The same by hand: rows and copies of both micro-batches in one mean.
+    network, total, count = model().requires_grad_(False), 0.0, 0.0
+    for ids in trainer.model.read[True]:
+        for line in ids:
+            source = next(row for row in data if same(line, row["input_ids"]))
+            kept = line[: len(source["input_ids"])]
+            is_copy = bool((kept == MASK).any())
+            clean = torch.tensor(source["input_ids"])
+            wanted = kept == MASK if is_copy else torch.tensor(source["labels"]) != -100
+            logits = network(input_ids=kept[None]).logits[0].double()
+            nats = -logits[:-1].log_softmax(-1).gather(1, clean[1:, None])[:, 0]
+            share = weight if is_copy else 1.0
+            total += share * float(nats[wanted[1:]].sum())
+            count += share * float(wanted[1:].sum())
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def same(line, ids):
+    kept = line[: len(ids)]
+    return len(kept) == len(ids) and bool(((kept == torch.tensor(ids)) | (kept == MASK)).all())
+
+
+def test_a_mask_token_without_a_row_is_refused_before_training(tmp_path):
+    collator = DataCollatorForMEAP(default_data_collator, mask_token_id=100)
+    with pytest.raises(InputError, match="mask_token_id 100 is beyond the model's embedding of 100 rows"):
+        run(tmp_path, collator=collator)
+    with pytest.raises(InputError, match="mask_token_id 100 is beyond the model's embedding of 100 rows"):
+        run(tmp_path, Trainer, collator, [MEAPCallback(collator)])
+
+
+def test_workers_that_outlive_an_epoch_are_refused_with_the_callback(tmp_path):
+    collator = DataCollatorForMEAP(default_data_collator, mask_token_id=MASK)
+    with pytest.raises(InputError, match="persistent workers"):
+        run(
+            tmp_path,
+            Trainer,
+            collator,
+            [MEAPCallback(collator)],
+            dataloader_num_workers=1,
+            dataloader_persistent_workers=True,
+        )

@@ -12,7 +12,7 @@ from weightsmith.checkpoints import Checkpoint, CheckpointWriter, Lineage, Tenso
 from weightsmith.cli.main import app
 from weightsmith.errors import CheckpointError, InputError, PageError
 from weightsmith.evaluation import load_model
-from weightsmith.merging import measure, merge, plan_merge
+from weightsmith.merging import measure, measuring, merge, plan_merge
 from weightsmith.testbed import model_config, model_files, parameter_shapes
 
 from .made import read, weight_bytes
@@ -109,6 +109,39 @@ def test_measuring_again_gives_the_same_folder_byte_for_byte(measured, tmp_path)
         assert weight_bytes(first) == weight_bytes(second)
         assert (first / "weightsmith.json").read_bytes() == (second / "weightsmith.json").read_bytes()
     assert weight_bytes(tmp_path / "data-first") != weight_bytes(tmp_path / "model-first")
+
+
+@pytest.mark.parametrize("kinds", [("fisher", "gram"), ("gram",)])
+def test_a_small_budget_takes_more_passes_and_gives_the_same_bytes(measured, tmp_path, kinds, monkeypatch):
+    whole = measure(measured / "one", batches(), tmp_path / "whole", kinds=kinds)
+    shapes = parameter_shapes(model_config("xs"))
+    sizes = [4 * shape[1] ** 2 for name, shape in shapes.items() if "_proj" in name or "lm_head" in name]
+    held = []
+    write = measuring._write
+    monkeypatch.setattr(
+        measuring,
+        "_write",
+        lambda writer, sums, count: (
+            held.append(sum(v.numel() * 4 for name, v in sums.items() if name.startswith("gram"))),
+            write(writer, sums, count),
+        ),
+    )
+    budget = max(sizes)
+    small = measure(measured / "one", batches(), tmp_path / "small", kinds=kinds, gram_bytes=budget)
+    assert whole.passes == 1
+    assert small.passes > 3
+    assert max(held) <= budget
+    assert sum(held) == sum(sizes)
+    assert weight_bytes(tmp_path / "small") == weight_bytes(tmp_path / "whole")
+    for file in ("statistics.json", "weightsmith.json"):
+        assert (tmp_path / "small" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_a_budget_that_holds_no_matrix_names_the_first_that_is_too_large(measured, tmp_path):
+    with pytest.raises(InputError, match=r"Gram matrix of .*_proj takes .* GB, 1e-06 GB are allowed"):
+        measure(measured / "one", batches(), tmp_path / "out", gram_bytes=1000)
+    report = measure(measured / "one", batches(), tmp_path / "out", kinds=("fisher",), gram_bytes=1000)
+    assert report.passes == 1
 
 
 def entries(root, *names):
@@ -225,7 +258,7 @@ def test_the_command_measures_a_model_on_text(measured, tmp_path):
     (tmp_path / "text.txt").write_text("The parties agree on the terms of this contract. " * 20)
     out = tmp_path / "stats"
     words = ["stats", measured / "one", out, "--data", tmp_path / "text.txt", "--examples", "2"]
-    done = CliRunner().invoke(app, [*map(str, words), "--length", "16", "--json"])
+    done = CliRunner().invoke(app, [*map(str, words), "--length", "16", "--json", "--memory", "0.001"])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert told["examples"] == 2

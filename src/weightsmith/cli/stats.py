@@ -39,6 +39,14 @@ def register(app: typer.Typer) -> None:
         ] = "data",
         seed: Annotated[int, typer.Option(min=0, help="Of the windows and of tokens that are drawn.")] = 0,
         device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+        memory: Annotated[
+            float | None,
+            typer.Option(
+                min=0,
+                help="Gigabytes for Gram matrices; what doesn't fit takes more passes over the data. Half of "
+                "what is free by default.",
+            ),
+        ] = None,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
         as_json: output.AsJson = False,
     ) -> None:
@@ -69,6 +77,7 @@ def register(app: typer.Typer) -> None:
                 data=[Path(entry).name for entry in data],
                 device=device,
                 seed=seed,
+                gram_bytes=None if memory is None else round(memory * 1e9),
                 overwrite=overwrite,
                 progress=progress(""),
             )
@@ -76,7 +85,8 @@ def register(app: typer.Typer) -> None:
             output.print_json(asdict(report))
             return
         what = " and ".join(report.kinds)
+        again = f" in {report.passes} passes" if report.passes > 1 else ""
         typer.echo(
-            f"{report.path}: {what} of {report.examples} examples, {report.tokens:,} tokens, "
+            f"{report.path}: {what} of {report.examples} examples, {report.tokens:,} tokens{again}, "
             f"{output.size(report.bytes)}"
         )

@@ -11,7 +11,6 @@ Memory   A worker holds one tile of every model and a few buffers of its size, w
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -23,6 +22,7 @@ from weightsmith.merging.parameter import TILE_ELEMENTS, Parameter
 from weightsmith.merging.plan import MergePlan, Output
 from weightsmith.merging.workers import Processes, Tell, Threads
 from weightsmith.runs.environment import cores
+from weightsmith.runs.memory import free_bytes
 from weightsmith.runs.progress import Progress
 
 T = TypeVar("T")
@@ -196,19 +196,7 @@ def whole_bytes(parameter: Parameter, method: Any) -> int:
 def at_once_in_memory(whole: Sequence[tuple[Parameter, Any]]) -> int:
     """How many of the largest whole matrices fit into the free memory together, at least one."""
     largest = max(whole_bytes(parameter, method) for parameter, method in whole)
-    return max(1, int(_free_memory() * _MEMORY_SHARE) // max(largest, 1))
-
-
-def _free_memory() -> int:
-    """Bytes that can be had without swapping; caches count as free."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as facts:
-            for line in facts:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return max(1, int(free_bytes() * _MEMORY_SHARE) // max(largest, 1))
 
 
 def _copy(output: Output, sink: Sink) -> None:

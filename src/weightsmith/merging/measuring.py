@@ -4,7 +4,9 @@
     gram.<parameter>     mean of x x^T over the inputs x that its linear layer sees
 
 Examples come one by one. Fisher information takes one backward pass an example and a second copy of the
-parameters; Gram matrices one (inputs, inputs) matrix for each linear layer.
+parameters; Gram matrices one (inputs, inputs) matrix for each linear layer: as many at once as a budget
+holds, and another forward pass over the examples for every further group of layers. What comes out does not
+depend on the groups.
 
 Source  Fisher: Matena and Raffel, arXiv:2111.09832; `labels: model` draws each token from the model's own
         distribution given the true ones before it (the expectation of the definition), `data` takes the true
@@ -29,14 +31,16 @@ from weightsmith.checkpoints import Ancestor, Checkpoint, CheckpointWriter, Line
 from weightsmith.errors import CheckpointError, InputError
 from weightsmith.merging.statistics import FACTS_FILE, FORMAT, KINDS, Kind
 from weightsmith.runs.environment import versions
+from weightsmith.runs.memory import free_bytes
 from weightsmith.runs.progress import SILENT, Progress
 from weightsmith.runs.seeds import derive
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 _IGNORED = -100
+# Share of the free memory that Gram matrices take where nothing is said.
+_MEMORY_SHARE = 0.5
 
 Labels = Literal["data", "model"]
 
@@ -51,6 +55,7 @@ class StatisticsReport:
         examples: Examples seen.
         tokens: Tokens predicted in them.
         bytes: Size of the folder.
+        passes: Times that the examples were gone through.
     """
 
     path: Path
@@ -58,6 +63,7 @@ class StatisticsReport:
     examples: int
     tokens: int
     bytes: int
+    passes: int
 
 
 def measure(
@@ -70,6 +76,7 @@ def measure(
     data: Sequence[str] = (),
     device: str = "auto",
     seed: int = 0,
+    gram_bytes: int | None = None,
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> StatisticsReport:
@@ -84,12 +91,14 @@ def measure(
         data: What the batches were made of, for the record.
         device: "auto", "cpu" or "cuda".
         seed: Of the tokens drawn with `labels: model`.
+        gram_bytes: What Gram matrices may take at once; by default half of the memory that is free.
         overwrite: Replace `out` if it exists.
         progress: Told about each example.
 
     Raises:
         CheckpointError: the model can't be loaded, or `out` exists.
-        InputError: no tokens to predict, or a parameter that no stored tensor has.
+        InputError: no tokens to predict, a parameter that no stored tensor has, or one Gram matrix that is
+            larger than `gram_bytes`.
     """
     from weightsmith.evaluation.models import load_model
     from weightsmith.tensors.spectra import one_thread
@@ -103,11 +112,13 @@ def measure(
         for name in parameters:
             if name not in checkpoint.tensors:
                 raise InputError(f"{checkpoint.name}: its parameter {name} is no tensor of the checkpoint")
-        progress.start(f"measuring {checkpoint.name}", float(len(rows)), "examples")
+        groups = _groups(model, checkpoint.tensors if "gram" in kinds else {}, gram_bytes)
+        progress.start(f"measuring {checkpoint.name}", float(len(rows) * len(groups)), "examples")
         squares = {f"fisher.{name}": value.new_zeros(value.shape) for name, value in parameters.items()}
         squares = squares if "fisher" in kinds else {}
         tokens = seen = 0
-        with _gram_hooks(model, checkpoint.tensors if "gram" in kinds else {}) as grams:
+        met: dict[str, int] = {}
+        with _gram_hooks(model, groups, 0, met) as grams:
             for number, (ids, targets) in enumerate(rows):
                 counted = _one(model, ids, targets, labels, derive(seed, "stats", number), bool(squares))
                 for name, value in parameters.items() if squares else ():
@@ -117,11 +128,8 @@ def measure(
                 tokens += counted
                 seen += ids.numel()
                 progress.advance(1.0)
-        progress.done()
         if tokens == 0:
             raise InputError("data: there is no token to predict in it")
-        found = {name: value / tokens for name, value in squares.items()}
-        found |= {name: value / seen for name, value in grams.items()}
         facts = {
             "format": FORMAT,
             "model": checkpoint.name,
@@ -139,20 +147,83 @@ def measure(
             inputs=(Ancestor.of(checkpoint, "model"),),
             versions=versions(("weightsmith", "torch", "transformers")),
         )
-        written = _write(found, facts, lineage, Path(out), overwrite=overwrite)
-    return StatisticsReport(Path(out), tuple(kinds), len(rows), tokens, written)
+        shapes = {name: tuple(value.shape) for name, value in squares.items()}
+        shapes |= {name: (size, size) for name, size in met.items()}
+        with _writer(shapes, facts, lineage, Path(out), overwrite=overwrite) as writer:
+            _write(writer, squares, tokens)
+            squares.clear()
+            _write(writer, grams, seen)
+            for place in range(1, len(groups)):
+                grams.clear()
+                with _gram_hooks(model, groups, place, met) as grams:
+                    for ids, targets in rows:
+                        _one(model, ids, targets, labels, 0, backward=False)
+                        progress.advance(1.0)
+                _write(writer, grams, seen)
+            writer.commit()
+            written = writer.planned_bytes
+        progress.done()
+    return StatisticsReport(Path(out), tuple(kinds), len(rows), tokens, written, len(groups))
 
 
-def _write(
-    found: dict[str, Tensor], facts: dict[str, Any], lineage: Lineage, out: Path, *, overwrite: bool
-) -> int:
-    specs = [TensorSpec(name, "F32", tuple(value.shape)) for name, value in sorted(found.items())]
+def _writer(
+    shapes: dict[str, tuple[int, ...]],
+    facts: dict[str, Any],
+    lineage: Lineage,
+    out: Path,
+    *,
+    overwrite: bool,
+) -> CheckpointWriter:
+    specs = [TensorSpec(name, "F32", shape) for name, shape in sorted(shapes.items())]
     side = {FACTS_FILE: (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode()}
-    with CheckpointWriter(out, specs, side_files=side, lineage=lineage, overwrite=overwrite) as writer:
-        for name, value in found.items():
-            writer.write(name, np.ascontiguousarray(value.float().cpu().numpy()).reshape(-1))
-        writer.commit()
-        return writer.planned_bytes
+    return CheckpointWriter(out, specs, side_files=side, lineage=lineage, overwrite=overwrite)
+
+
+def _write(writer: CheckpointWriter, sums: dict[str, Tensor], count: int) -> None:
+    """Write sums as means; each is divided where it is."""
+    for name, value in sums.items():
+        value /= count
+        writer.write(name, np.ascontiguousarray(value.float().cpu().numpy()).reshape(-1))
+
+
+def _groups(model: Any, tensors: Iterable[str], budget: int | None) -> list[list[str]]:
+    """Names of linear layers in groups whose Gram matrices fit into the budget together; at least one group.
+
+    Raises:
+        InputError: one alone doesn't fit; names it, what it takes and what there is.
+    """
+    room = int(free_bytes() * _MEMORY_SHARE) if budget is None else budget
+    groups: list[list[str]] = [[]]
+    taken = 0
+    for name, module in _linear_layers(model, tensors):
+        size = 4 * _inputs(module) ** 2
+        if budget is not None and size > budget:
+            raise InputError(
+                f"the Gram matrix of {name} takes {size / 1e9:.3g} GB, {budget / 1e9:.3g} GB are allowed; "
+                "allow that much, or measure `fisher` alone"
+            )
+        if groups[-1] and taken + size > room:
+            groups.append([])
+            taken = 0
+        groups[-1].append(name)
+        taken += size
+    return groups
+
+
+def _linear_layers(model: Any, tensors: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Linear layers by name, whose weights are among `tensors`."""
+    import torch
+
+    known = set(tensors)
+    for name, module in model.named_modules():
+        # transformers' Conv1D is GPT-2's linear layer, stored inputs first.
+        is_linear = isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+        if is_linear and f"{name}.weight" in known:
+            yield name, module
+
+
+def _inputs(module: Any) -> int:
+    return module.weight.shape[0] if type(module).__name__ == "Conv1D" else module.weight.shape[1]
 
 
 def _rows(batches: Iterable[dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -187,27 +258,30 @@ def _one(model: Any, ids: Tensor, targets: Tensor, labels: Labels, seed: int, ba
 
 
 @contextlib.contextmanager
-def _gram_hooks(model: Any, tensors: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Sums of x x^T over all inputs of each linear layer whose weight is among `tensors`."""
-    import torch
-
-    known = set(tensors)
-    sums: dict[str, torch.Tensor] = {}
+def _gram_hooks(
+    model: Any, groups: Sequence[Sequence[str]], place: int, met: dict[str, int]
+) -> Iterator[dict[str, Tensor]]:
+    """Sums of x x^T over all inputs of each linear layer of the group at `place`; `met` takes note of every
+    layer of any group that sees an input: name of its statistic -> number of inputs.
+    """
+    sums: dict[str, Tensor] = {}
     handles = []
 
-    def add(name: str, inputs: Any) -> None:
-        x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
-        product = x.mT @ x
-        sums[name] = sums[name].add_(product) if name in sums else product
+    def add(key: str, inputs: Any, is_summed: bool) -> None:
+        met[key] = inputs[0].shape[-1]
+        if is_summed:
+            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+            product = x.mT @ x
+            sums[key] = sums[key].add_(product) if key in sums else product
 
-    for name, module in model.named_modules():
-        weight = f"{name}.weight"
-        # transformers' Conv1D is GPT-2's linear layer, stored inputs first.
-        is_linear = isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
-        if is_linear and weight in known:
+    modules = dict(model.named_modules())
+    for number, group in enumerate(groups):
+        for name in group:
             handles.append(
-                module.register_forward_pre_hook(
-                    lambda _module, inputs, key=f"gram.{weight}": add(key, inputs)
+                modules[name].register_forward_pre_hook(
+                    lambda _module, inputs, key=f"gram.{name}.weight", is_summed=number == place: add(
+                        key, inputs, is_summed
+                    )
                 )
             )
     try:

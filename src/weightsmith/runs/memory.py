@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
 
@@ -48,3 +49,15 @@ def reset_peak() -> None:
     _helpers = 0
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as control:
         control.write("5")
+
+
+def free_bytes() -> int:
+    """Bytes that can be had without swapping; caches count as free."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as facts:
+            for line in facts:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

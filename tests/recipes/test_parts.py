@@ -1,4 +1,4 @@
-"""The keys `clip`, `decay`, `sharpness` and `average`: what a page may say, and what a run of them leaves."""
+"""The keys `clip`, `decay`, `sharpness`, `average`, `objective`: what a page may say, what a run leaves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from weightsmith.errors import PageError
 from weightsmith.recipes import Inline, load_page, plan_run, run_recipe
 from weightsmith.recipes.standin import folder_bytes
-from weightsmith.training import AdaGCOptions, AlphaDecayOptions, LightSAMOptions, SAMOptions
+from weightsmith.training import AdaGCOptions, AlphaDecayOptions, LightSAMOptions, MEAPOptions, SAMOptions
 
 GOOD = """\
 stages:
@@ -27,6 +27,8 @@ stages:
   names: {train: {model: testbed/xs, data: docs, clip: adagc, sharpness: lightsam, average: {keep: {}}}}
   norm: {finetune: {model: base, data: docs, clip: {global: 2}, sharpness: {lightsam: {variant: adagrad}}}}
   mean: {average: {states: names, method: {lawa: {num_select: 3}}, last: 6, every: 2}}
+  hidden: {train: {model: testbed/xs, data: docs, objective: {meap: {mask_ratio: 0.2}}}}
+  clean: {train: {model: testbed/xs, data: docs, objective: ntp}}
 """
 
 
@@ -55,6 +57,8 @@ def test_a_page_says_parts_by_name_and_options(load):
     assert stages["names"].average.keep
     assert (stages["norm"].clip, stages["norm"].sharpness.variant) == (2.0, "adagrad")
     assert stages["mean"].method.options.method == "lawa"
+    assert stages["hidden"].objective == MEAPOptions(mask_ratio=0.2)
+    assert stages["clean"].objective is None
 
 
 @pytest.mark.parametrize(
@@ -104,6 +108,24 @@ def test_a_page_says_parts_by_name_and_options(load):
             "models: [base, norm], states: names",
             "13: stages.mean.average: expected `states`,",
         ),
+        (
+            "mask_ratio: 0.2",
+            "mask_ratio: 20",
+            "14: stages.hidden.objective.meap.mask_ratio: must be in 0..1, got",
+        ),
+        (
+            "mask_ratio: 0.2",
+            "mask_rate: 0.2",
+            "objective.meap.mask_rate: no such key; did you mean `mask_ratio`?",
+        ),
+        ("mask_ratio: 0.2", "mode: sfd", "objective.meap.mode: expected 'pretrain' or 'sft', found 'sfd'"),
+        ("objective: ntp", "objective: mep", "15: stages.clean.objective: expected ntp or meap, found 'mep'"),
+        ("objective: ntp", "objective: {ntp: {x: 1}}", "15: stages.clean.objective.ntp: takes no options"),
+        (
+            "mask_ratio: 0.2",
+            "mode: sft, copy_loss_weight: 2.0",
+            "14: stages.hidden.objective: meap.copy_loss_weight other than 1 needs MEAPTrainerMixin",
+        ),
         ("last: 6", "last: 0", "13: stages.mean.last: expected at least 1, got 0"),
         ("{lawa: {num_select: 3}}", "{law: {}}", "13: stages.mean.method.law: expected sewa, uniform, lawa"),
         ("{lawa: {num_select: 3}}", "{lawa: {start: 3}}", "13: stages.mean.method.lawa.start: no such key"),
@@ -129,6 +151,8 @@ def test_each_mistake_is_named_with_line_key_and_cure(load, old, new, message):
         ("variant: adagrad", "variant: adagrad_norm"),
         ("num_select: 3", "num_select: 2"),
         ("every: 2", "every: 1"),
+        ("mask_ratio: 0.2", "mask_ratio: 0.25"),
+        ("objective: ntp", "objective: meap"),
     ],
 )
 def test_every_option_is_part_of_what_makes_a_stage_the_same(load, old, new):

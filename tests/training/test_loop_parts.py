@@ -11,6 +11,8 @@ from weightsmith.training import (
     AlphaDecayOptions,
     AveragingOptions,
     LightSAMOptions,
+    MEAPOptions,
+    MEAPTrainConfig,
     SAMOptions,
     SeWAOptions,
     StateAverage,
@@ -45,6 +47,8 @@ RUNS = {
             keep=True, options=AveragingOptions(method="uniform", start=0.2, every=2, num_candidates=3)
         )
     },
+    "meap": {"objective": MEAPOptions(), "gradient_accumulation": 2, "sharpness": SAMOptions()},
+    "meap on answers": {"objective": MEAPOptions(mode="sft", min_answer_tokens=5)},
     "all, lightsam": {
         "clip": ADAGC,
         "decay": DECAY,
@@ -62,7 +66,8 @@ RUNS = {
 
 
 def config(name, **more):
-    return TrainConfig(data="docs", save_every=4, **{**SMALL, **RUNS[name], **more})
+    kind = MEAPTrainConfig if "objective" in RUNS[name] else TrainConfig
+    return kind(data="docs", save_every=4, **{**SMALL, **RUNS[name], **more})
 
 
 def files(folder):

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-PART_KEYS = ("clip", "decay", "sharpness", "average")
+PART_KEYS = ("clip", "decay", "sharpness", "average", "objective")
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "clip": (None, {"global": 1.0}, "global"),
     "decay": (None, "uniform"),
     "sharpness": (None, "off"),
     "average": (None, "off", "keep"),
+    "objective": (None, "ntp"),
 }
 
 
 def part_words(config: Mapping[str, Any]) -> dict[str, str]:
-    """Key -> `adagc (init ema)` for each of the four keys that isn't as every plain run has it."""
+    """Key -> `adagc (init ema)` for each of these keys that isn't as every plain run has it."""
     found = {}
     for key in PART_KEYS:
         value = config.get(key)

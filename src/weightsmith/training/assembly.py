@@ -1,4 +1,4 @@
-"""From the keys `clip`, `decay`, `sharpness` and `average` to what a Trainer takes."""
+"""From the keys `clip`, `decay`, `sharpness`, `average` and `objective` to what a Trainer takes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from weightsmith.evaluation.models import load_tokenizer
 from weightsmith.training.adagc.options import AdaGCOptions
 from weightsmith.training.alphadecay.callback import LOG_FILE, AlphaDecayCallback
 from weightsmith.training.alphadecay.options import AlphaDecayOptions
@@ -20,6 +21,7 @@ from weightsmith.training.config import TrainConfig
 from weightsmith.training.lightsam.optimizer import LightSAM
 from weightsmith.training.lightsam.options import LightSAMOptions
 from weightsmith.training.lightsam.sam import SAM
+from weightsmith.training.meap.durable import MaskedBatches
 from weightsmith.training.parts import StateAverage
 from weightsmith.training.planning import TrainPlan
 
@@ -51,6 +53,10 @@ def part_callbacks(
         found.append(KeepStates(planned, network, states))
     elif config.average is not None:
         found.append(_averaging(config.average, planned.seed, workdir, held_out))
+    if config.objective is not None:
+        # Last: a mean is loaded into the model before an added token goes.
+        tokenizer = load_tokenizer(planned.model or workdir / "start")
+        found.append(MaskedBatches(config.objective, tokenizer, network, planned.seed))
     return found
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from weightsmith.errors import InputError
 from weightsmith.training import parts
+from weightsmith.training.meap.options import MEAPOptions
 from weightsmith.training.sources import DataSource
 
 Data = str | DataSource | tuple[str | DataSource, ...] | list[str | DataSource]
@@ -15,7 +16,9 @@ Data = str | DataSource | tuple[str | DataSource, ...] | list[str | DataSource]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a model is trained from random weights."""
+    """How a model is trained from random weights, by next-token prediction."""
+
+    objective: ClassVar[parts.Objective] = None
 
     data: Data
     """What to train on: one source or a list of them, mixed evenly unless they carry a `weight`."""
@@ -123,3 +126,20 @@ class FinetuneConfig(TrainConfig):
 def _expect(key: str, value: object, holds: bool, expected: str) -> None:
     if not holds:
         raise InputError(f"{key}: expected {expected}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MEAPTrainConfig(TrainConfig):
+    """`TrainConfig` with masked inputs."""
+
+    # Not a field of every config: one that doesn't use it stands for what it always did.
+    objective: parts.Objective = field(default_factory=MEAPOptions)  # pyrefly: ignore[bad-override]
+    """What the model reads and predicts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MEAPFinetuneConfig(FinetuneConfig):
+    """`FinetuneConfig` with masked inputs."""
+
+    objective: parts.Objective = field(default_factory=MEAPOptions)  # pyrefly: ignore[bad-override]
+    """What the model reads and predicts."""

@@ -84,7 +84,8 @@ def predict(
     text = model_config.get("text_config") or model_config
     parameters = sum(spec.numel for spec in specs)
     length = config.sequence_length or 0
-    tokens = config.batch_size * length
+    copies = 2 if config.objective is not None and config.objective.mode == "sft" else 1  # at most
+    tokens = config.batch_size * length * copies
     layers = text.get("num_hidden_layers") or text.get("n_layer") or 12
     width = text.get("hidden_size") or text.get("n_embd") or 512
     inner = text.get("intermediate_size") or 4 * width

@@ -1,4 +1,5 @@
-"""The keys `clip`, `decay`, `sharpness` and `average` of a training: what fits together, and in which words.
+"""The keys `clip`, `decay`, `sharpness`, `average` and `objective` of a training: what fits together, and in
+which words.
 
 A value is the part's own options object, so no option is written twice. Nothing here imports torch: a page is
 checked and a run is planned with it.
@@ -16,15 +17,17 @@ from weightsmith.training.adagc.options import SHORT_RUN, AdaGCOptions
 from weightsmith.training.alphadecay.options import AlphaDecayOptions
 from weightsmith.training.averaging.options import LEARNED, RUNNING, AveragingOptions
 from weightsmith.training.lightsam.options import LightSAMOptions, SAMOptions
+from weightsmith.training.meap.options import MUCH, MEAPOptions
 from weightsmith.training.sources import DataSource
 
 if TYPE_CHECKING:
     from weightsmith.training.config import TrainConfig
 
-KEYS = ("clip", "decay", "sharpness", "average")
+KEYS = ("clip", "decay", "sharpness", "average", "objective")
 Clip = float | AdaGCOptions
 Decay = AlphaDecayOptions | None
 Sharpness = LightSAMOptions | SAMOptions | None
+Objective = MEAPOptions | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,17 @@ def check(config: TrainConfig) -> None:
             )
     if config.average is not None:
         _check_average(config.average, config.steps)
+    if (meap := config.objective) is not None:
+        if meap.copy_loss_weight != 1:
+            raise InputError(
+                "objective: meap.copy_loss_weight other than 1 needs MEAPTrainerMixin, found "
+                f"{meap.copy_loss_weight:g}"
+            )
+        if meap.add_mask_token and config.average is not None and config.average.keep:
+            raise InputError(
+                "objective: meap.add_mask_token: kept states (`average: keep`) have the model's own shapes; "
+                "name a token with `mask_token`"
+            )
 
 
 def _check_average(average: StateAverage, steps: int) -> None:
@@ -131,6 +145,11 @@ def warnings(config: TrainConfig) -> tuple[str, ...]:
             f"decay: alphadecay looks at the spectra once, before step 1: its interval is "
             f"{config.decay.interval} of {config.steps} steps"
         )
+    if (meap := config.objective) is not None:
+        if meap.ratio > MUCH:
+            found.append(f"objective: meap hides more than half of the text (mask_ratio {meap.ratio:g})")
+        if meap.mode == "sft" and not _has_answers(config):
+            found.append("objective: meap's mode `sft` is about answers, and the data has no prompts")
     if (average := config.average) is not None and average.measures and average.held_out is None:
         found.append(
             f"average: {average.options.method} looks at the training loss; `held_out` names other data"
@@ -138,9 +157,20 @@ def warnings(config: TrainConfig) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _has_answers(config: TrainConfig) -> bool:
+    """Whether some of the data is questions with answers."""
+    from weightsmith.testbed.tasks import TASKS
+    from weightsmith.training.data import sources
+
+    return any(
+        TASKS[entry.source] != "domain" if entry.kind == "testbed" else entry.prompt is not None
+        for entry in sources(config.data)
+    )
+
+
 def described(config: TrainConfig) -> dict[str, Any]:
-    """The four keys as a page says them: `{"clip": {"adagc": {"init": "ema"}}, "sharpness": "off", ...}`;
-    options that have their default are left out, and so is held-out data.
+    """The parts as a page says them: `{"clip": {"adagc": {"init": "ema"}}, "sharpness": "off", ...}`;
+    options that have their default are left out, and so are held-out data and the usual objective.
     """
     clip, sharpness, average = config.clip, config.sharpness, config.average
     words: dict[str, Any] = {"clip": {"global": clip} if clip else "off", "decay": "uniform"}
@@ -159,6 +189,8 @@ def described(config: TrainConfig) -> dict[str, Any]:
         options |= options.pop("sewa", {})
         method = options.pop("method", "sewa")
         words["average"] = {"keep" if average.keep else method: options}
+    if config.objective is not None:
+        words["objective"] = {"meap": changed(config.objective)}
     return words
 
 

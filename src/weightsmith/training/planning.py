@@ -27,6 +27,7 @@ from weightsmith.training import costs, parts
 from weightsmith.training.config import FinetuneConfig, TrainConfig
 from weightsmith.training.data import sources
 from weightsmith.training.lightsam.options import DEFAULTS, LightSAMOptions
+from weightsmith.training.meap.files import check_tokenizer_files
 from weightsmith.training.sources import DataSource
 
 TESTBED = "testbed/"
@@ -114,6 +115,8 @@ def plan(config: TrainConfig, model: str | Path, *, seed: int) -> TrainPlan:
         model_config = read_object(folder / "config.json")
         files = dict(side_files(folder))
         specs = _initial_specs(model_config, folder)
+    if config.objective is not None:
+        check_tokenizer_files(files, config.objective, str(model))
     resolved = _resolved(config, model_config, sum(spec.numel for spec in specs), parent, str(model))
     costs.check_fit(resolved, specs)
     lineage = Lineage(

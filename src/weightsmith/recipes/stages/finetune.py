@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from weightsmith.recipes.stages.parts import PageData
 from weightsmith.recipes.stages.training import TrainingStage
 from weightsmith.training import FinetuneConfig
+from weightsmith.training.parts import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class Finetune(TrainingStage, FinetuneConfig):
     """What to train on: test-bed tasks, files, hub data sets."""
     replay_data: PageData | None = None
     """What to replay; by default what `model` was trained on."""
+    objective: Objective = None  # pyrefly: ignore[bad-override]
+    """What the model reads: clean text (`ntp`), or text with a part of it masked (`meap`)."""
 
     seed: int | None = None
     """Decides initial weights, data order and all else that is random; by default the recipe's seed and the

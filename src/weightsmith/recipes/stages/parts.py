@@ -1,9 +1,11 @@
-"""How a page writes the parts of a training: `clip`, `decay`, `sharpness`, `average`; and how to average.
+"""How a page writes the parts of a training: `clip`, `decay`, `sharpness`, `average`, `objective`; and how to
+average.
 
     clip: off | {global: 1.0} | {adagc: {init: ema}}
     decay: uniform | {alphadecay: {interval: 200}}
     sharpness: off | sam | {asam: {rho: 0.3}} | {lightsam: {variant: adagrad}}
     average: off | {keep: {every: 20}} | {sewa: {num_select: 5, held_out: more.txt}} | ema | lawa | ...
+    objective: ntp | meap | {meap: {mask_ratio: 0.1}}
 
 A part is its name, or a mapping of its name to its options; the options are the fields of the part's own
 dataclass.
@@ -24,6 +26,7 @@ from weightsmith.training.adagc.options import AdaGCOptions
 from weightsmith.training.alphadecay.options import AlphaDecayOptions
 from weightsmith.training.averaging.options import LEARNED, RUNNING, AveragingOptions, SeWAOptions
 from weightsmith.training.lightsam.options import LightSAMOptions, SAMOptions
+from weightsmith.training.meap.options import MEAPOptions
 from weightsmith.training.parts import StateAverage
 
 
@@ -59,12 +62,13 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "decay": ("uniform", "alphadecay"),
     "sharpness": ("off", "sam", "asam", "lightsam"),
     "average": ("off", "keep", *METHODS),
+    "objective": ("ntp", "meap"),
 }
 _SEWA = tuple(field.name for field in dataclasses.fields(SeWAOptions) if field.name != "seed")
 
 
 def read_parts(body: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """The values of the four keys that a stage's body has, as `TrainConfig` takes them; and what is wrong."""
+    """The values of the keys that a stage's body has, as `TrainConfig` takes them; and what is wrong."""
     values, problems = {}, []
     for key in NAMES:
         if key in body:
@@ -77,7 +81,7 @@ def _part(key: str, value: Any) -> tuple[Any, list[Problem]]:
     name, options, problems = choice(key, value, NAMES[key])
     if problems:
         return None, problems
-    if name == "off" or (key, name) == ("decay", "uniform"):
+    if name == "off" or (key, name) in (("decay", "uniform"), ("objective", "ntp")):
         if options:
             return None, [Problem((key, name), "takes no options")]
         return (0.0 if key == "clip" else None), []
@@ -162,6 +166,7 @@ _READERS: Mapping[str, Any] = {
     "adagc": lambda body: validate(AdaGCOptions, body),
     "alphadecay": lambda body: validate(AlphaDecayOptions, body),
     "lightsam": lambda body: validate(LightSAMOptions, body),
+    "meap": lambda body: validate(MEAPOptions, body),
     "sam": lambda body: _sam(body, adaptive=False),
     "asam": lambda body: _sam(body, adaptive=True),
 }

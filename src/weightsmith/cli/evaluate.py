@@ -18,8 +18,8 @@ def register(app: typer.Typer) -> None:
         task: Annotated[
             list[str],
             typer.Option(
-                help="A task of the test-bed, `all` of them, a text file (bits per character), or "
-                "`module:function`; may be repeated."
+                help="A task of the test-bed, `all` of them, `niah` or `mdqa` (facts in a long context), a "
+                "text file (bits per byte), or `module:function`; may be repeated."
             ),
         ],
         split: Annotated[

@@ -10,21 +10,40 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from weightsmith.evaluation.models import load_model
     from weightsmith.evaluation.prompts import prompts
+    from weightsmith.evaluation.retrieval import Cell, Question, made_questions, mdqa, niah_grid
     from weightsmith.evaluation.score import Score
     from weightsmith.evaluation.scoring import evaluate
     from weightsmith.evaluation.tasks import TaskConfig, check_tasks, task_names
 
 _HOMES = {
+    "Cell": "retrieval",
+    "Question": "retrieval",
     "Score": "score",
     "TaskConfig": "tasks",
     "check_tasks": "tasks",
     "evaluate": "scoring",
     "load_model": "models",
+    "made_questions": "retrieval",
+    "mdqa": "retrieval",
+    "niah_grid": "retrieval",
     "prompts": "prompts",
     "task_names": "tasks",
 }
 
-__all__ = ["Score", "TaskConfig", "check_tasks", "evaluate", "load_model", "prompts", "task_names"]
+__all__ = [
+    "Cell",
+    "Question",
+    "Score",
+    "TaskConfig",
+    "check_tasks",
+    "evaluate",
+    "load_model",
+    "made_questions",
+    "mdqa",
+    "niah_grid",
+    "prompts",
+    "task_names",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,8 +13,9 @@ TORCH_BYTES = 405_000_000
 """Resident set of a process forked from one that has imported torch and transformers, after one pass."""
 
 LOAD_SECONDS = 0.3
-# Tokens are read twice where windows overlap by half; tokens of a test-bed question; characters of a token.
-_OVERLAP, _QUESTION_TOKENS, _TOKEN_CHARACTERS = 2.0, 24, 4
+# Tokens are read twice where windows overlap by half; tokens of a test-bed question, and of a context in
+# which a fact is looked for; characters of a token.
+_OVERLAP, _QUESTION_TOKENS, _CONTEXT_TOKENS, _TOKEN_CHARACTERS = 2.0, 24, 128, 4
 # Small products, attention and the softmax reach this part of the speed of large products.
 _EFFICIENCY = 0.35
 
@@ -29,7 +30,9 @@ def predict_scoring(model: Path, tasks: Tasks, characters: int, items: int) -> P
     per_token = 1 if vocabulary <= 256 else _TOKEN_CHARACTERS
     tokens = 0.0
     for task in check_tasks(tasks):
-        if not task.is_bed:
+        if task.is_retrieval:
+            tokens += items * _CONTEXT_TOKENS
+        elif not task.is_bed:
             size = Path(task.task).stat().st_size if Path(task.task).is_file() else 0
             tokens += _OVERLAP * size / per_token
         elif TASKS[task.task] == "domain":

@@ -54,8 +54,9 @@ def token_ids(tokenizer: Any, text: str) -> Sequence[int]:
 def _of_task(
     config: TaskConfig, tokenizer: Any, count: int, split: Split, length: int
 ) -> list[Sequence[int]]:
-    if config.is_function:
-        raise InputError(f"prompts: `{config.task}` is a function; expected a task of the test-bed or a file")
+    if config.is_function or config.is_retrieval:
+        kind = "function" if config.is_function else "task of retrieval"
+        raise InputError(f"prompts: `{config.task}` is a {kind}; expected a task of the test-bed or a file")
     if config.is_bed:
         if bed.TASKS[config.task] != "domain":
             items = skills.items(config.task, split, count)

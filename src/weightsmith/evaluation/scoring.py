@@ -5,6 +5,7 @@ function says.
     bits_per_byte       a user's text: the same over UTF-8 bytes, which compares across tokenizers
     exact_match         skills and files of questions: share of answers that greedy decoding gives exactly
     accuracy            multiple choice: share of questions whose right choice is likeliest per character
+    exact_match         `niah`, `mdqa`: share of facts in a long context that greedy decoding answers with
     balanced_recall     `honest`, `harmless`: recall of the refusing answer less its rate where it is wrong
 
 Exact match is computed with the right answer fed in: greedy decoding gives exactly that answer if and only if
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from weightsmith.errors import CheckpointError, InputError
-from weightsmith.evaluation import files, likelihood
+from weightsmith.evaluation import files, likelihood, retrieval
 from weightsmith.evaluation.models import default_threads, intra_op_threads, load_model, window_length
 from weightsmith.evaluation.score import Score
 from weightsmith.evaluation.tasks import TaskConfig, Tasks, check_tasks, load_function
@@ -137,6 +138,8 @@ class _Scorer:
                 "bits": self._file_bits,
                 "exact": self._file_exact,
                 "choice": self._file_choice,
+                "niah": self._needles,
+                "mdqa": self._documents,
             }
             return by_kind[config.scored_as](config)
         kind = bed.TASKS[config.task]
@@ -211,6 +214,45 @@ class _Scorer:
         hits = sum(-best[question][1] == index for question, index in enumerate(right))
         return Score("accuracy", hits / len(right), True, len(right), guess / len(right))
 
+    def _needles(self, config: TaskConfig) -> Score:
+        """Codes hidden in a text, at five depths of half a window and of a whole one; where a window is too
+        short for that, of the whole one alone.
+        """
+        if config.is_retrieval:
+            text = "\n".join(domains.passages("docs", self.split, self.characters))
+        else:
+            text = "\n".join(islice(files.read_texts(config.task, config.column), config.limit))
+        # The longest needle there can be, its question and its answer, in tokens of this tokenizer.
+        sample = retrieval.NEEDLE + retrieval.NEEDLE_QUESTION + " 00000"
+        needed = len(self._ids(sample.format(name="wowowo", code="00000"))) + 2 * retrieval.LEAST_HAY
+        lengths = [length for length in (self.length // 2, self.length) if length >= needed] or [self.length]
+        cells = retrieval.niah_grid(
+            self.model,
+            self.tokenizer,
+            text,
+            lengths,
+            needles=max(1, self.items // (5 * len(lengths))),
+            batch_size=self.batch_size,
+        )
+        value, count = retrieval.mean_recall(cells)
+        return Score("exact_match", value, True, count)
+
+    def _documents(self, config: TaskConfig) -> Score:
+        """Questions about the first, the middle and the last of several documents."""
+        if config.is_retrieval:
+            number = min(20, max(2, self.length // 64))
+            questions = retrieval.made_questions(max(1, self.items // 3), number)
+        else:
+            rows = self._rows(config, (config.prompt or "", config.choices or "", config.column))
+            questions = [_question(config.task, *row) for row in rows]
+            number = min(len(question.documents) for question in questions)
+        places = sorted({1, (number + 1) // 2, number})
+        cells = retrieval.mdqa(
+            self.model, self.tokenizer, questions, places, num_documents=number, batch_size=self.batch_size
+        )
+        value, count = retrieval.mean_recall(cells)
+        return Score("exact_match", value, True, count)
+
     def _function(self, name: str) -> Score:
         given = load_function(name)(self.model, self.tokenizer)
         if isinstance(given, Score):
@@ -235,3 +277,11 @@ class _Scorer:
         if self.character_level:
             return alphabet.encode(text).tolist()
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _question(file: str, prompt: Any, documents: Any, answers: Any) -> retrieval.Question:
+    answers = [answers] if isinstance(answers, str) else answers
+    for what, given in (("documents", documents), ("answers", answers)):
+        if not isinstance(given, list) or not given or not all(isinstance(one, str) and one for one in given):
+            raise InputError(f"{file}: expected {what} as a list of texts, found {given!r:.60}")
+    return retrieval.Question(str(prompt), tuple(answers), tuple(documents))

@@ -1,4 +1,6 @@
-"""What a model is scored on: a task of the test-bed, a local file, or a user's function."""
+"""What a model is scored on: a task of the test-bed, facts to find in a long context, a local file, or a
+user's function.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from weightsmith.errors import InputError, nearest
 from weightsmith.evaluation import files
 from weightsmith.testbed import tasks as bed
 
-Kind = Literal["auto", "bits", "exact", "choice"]
+Kind = Literal["auto", "bits", "exact", "choice", "niah", "mdqa"]
+RETRIEVAL = ("niah", "mdqa")
+"""Kinds that are tasks too: then what they need is made on the spot."""
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
@@ -23,20 +27,24 @@ class TaskConfig:
     """One thing to score a model on."""
 
     task: str
-    """A task or task set of the test-bed, a local file (.txt, .md, .jsonl, .ndjson, .parquet), or
+    """A task or task set of the test-bed, `niah` or `mdqa` (see `kind`), a local file (.txt, .md, .jsonl,
+    .ndjson, .parquet), or
     `module:function`, called with the model and its tokenizer and returning a number (higher is better) or a
     `Score`."""
     name: str | None = None
     """The name in tables; by default the file's or function's."""
     kind: Kind = "auto"
-    """How a file is scored: `bits` per byte of its text, `exact` match of answers, multiple `choice`; `auto`
-    is bits, or exact where `prompt` is given, or choice where `choices` is."""
+    """How a file is scored: `bits` per byte of its text, `exact` match of answers, multiple `choice`, `niah`
+    (codes hidden in the text are asked for), `mdqa` (questions about one of several documents); `auto` is
+    bits, or exact where `prompt` is given, or choice where `choices` is. The tasks `niah` and `mdqa` do the
+    last two with the test-bed's `docs` and with documents made on the spot."""
     column: str = "text"
-    """The column of the text, of the answer (exact), or of the right choice's number from 0 (choice)."""
+    """The column of the text, of the answer (exact), of the right choice's number from 0 (choice), or of the
+    answer or list of answers (mdqa)."""
     prompt: str | None = None
     """The column of the question."""
     choices: str | None = None
-    """The column of the list of choices."""
+    """The column of the list of choices, or of documents, the one with the answer first (mdqa)."""
     limit: int | None = None
     """Rows of a file that are read; all by default."""
 
@@ -53,6 +61,16 @@ class TaskConfig:
         return self.task in bed.NAMES
 
     @property
+    def is_retrieval(self) -> bool:
+        """Whether this is `niah` or `mdqa` with what is made on the spot."""
+        return self.task in RETRIEVAL
+
+    @property
+    def needs_nothing(self) -> bool:
+        """Whether all that it reads is made by this package."""
+        return self.is_bed or self.is_retrieval
+
+    @property
     def is_function(self) -> bool:
         """Whether this is a user's `module:function`."""
         return not self.is_bed and _FUNCTION.fullmatch(self.task) is not None
@@ -62,6 +80,8 @@ class TaskConfig:
         """The kind of a file, `auto` resolved."""
         if self.kind != "auto":
             return self.kind
+        if self.is_retrieval:
+            return "niah" if self.task == "niah" else "mdqa"
         return "choice" if self.choices else "exact" if self.prompt else "bits"
 
     def check(self) -> None:
@@ -70,21 +90,29 @@ class TaskConfig:
         """
         if self.is_bed:
             return
+        if self.is_retrieval:
+            if self.kind not in ("auto", self.task):
+                raise InputError(f"task `{self.label}`: kind {self.kind} needs a file, found `{self.task}`")
+            return
         if self.is_function:
             load_function(self.task)
             return
         if Path(self.task).suffix not in files.KINDS and not Path(self.task).is_file():
+            known = (*bed.NAMES, *RETRIEVAL)
             raise InputError(
-                f"no task `{self.task}`{nearest(self.task, bed.NAMES)}; expected one of the test-bed "
-                f"({', '.join(bed.NAMES)}), a file ({' '.join(files.KINDS)}) or module:function"
+                f"no task `{self.task}`{nearest(self.task, known)}; expected one of the test-bed "
+                f"({', '.join(bed.NAMES)}), niah, mdqa, a file ({' '.join(files.KINDS)}) or module:function"
             )
         files.open_file(self.task).close()
-        if self.scored_as in ("exact", "choice") and self.prompt is None:
+        if self.scored_as in ("exact", "choice", "mdqa") and self.prompt is None:
             raise InputError(
                 f"task `{self.label}`: kind {self.scored_as} needs `prompt`, the column of the question"
             )
-        if self.scored_as == "choice" and self.choices is None:
-            raise InputError(f"task `{self.label}`: kind choice needs `choices`, the column of the choices")
+        if self.scored_as in ("choice", "mdqa") and self.choices is None:
+            wanted = "choices" if self.scored_as == "choice" else "documents, the one with the answer first"
+            raise InputError(
+                f"task `{self.label}`: kind {self.scored_as} needs `choices`, the column of the {wanted}"
+            )
         if self.limit is not None and self.limit < 1:
             raise InputError(f"task `{self.label}`: limit must be at least 1, got {self.limit}")
 

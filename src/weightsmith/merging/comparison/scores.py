@@ -52,7 +52,7 @@ def tasks_digest(tasks: Sequence[TaskConfig], split: Split) -> str:
     """Stands for what scoring reads: tasks, split, the content of files, the source of functions."""
     parts: list[Any] = [split]
     for task in tasks:
-        if task.is_bed:
+        if task.needs_nothing:
             content = fingerprint()
         elif task.is_function:
             file = inspect.getsourcefile(inspect.unwrap(load_function(task.task)))

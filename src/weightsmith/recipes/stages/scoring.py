@@ -66,7 +66,7 @@ def tasks_fingerprint(tasks: PageTasks) -> str:
 
     parts = {}
     for task in check_tasks(tasks):
-        if task.is_bed:
+        if task.needs_nothing:
             parts[task.label] = fingerprint()
         elif task.is_function:
             parts[task.label] = foreign_source(task.task.partition(":")[0])

@@ -302,6 +302,13 @@ METHODS: tuple[MethodCard, ...] = (
         "Learn which states of a run to average; SWA, EMA, LAWA and soups beside it.",
         verdict="reproduced",
     ),
+    _training(
+        "ztt",
+        "Zero-Token Transformer",
+        "2502.12214",
+        "zero_token.modeling:ZTTForCausalLM",
+        "Run the middle layers several times over the same weights; leave early where they add nothing.",
+    ),
 )
 
 

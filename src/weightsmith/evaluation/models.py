@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 OPENED_BY = {"weightsmith/mediator.json": "mediator"}
 """A file beside weights -> the method that opens its folder; a plain loader would leave parts of it out."""
 
+ARCHITECTURES = {"ztt": "ztt"}
+"""`model_type` of an architecture of ours -> the method whose import registers it with the Auto classes."""
+
 SMALL_MODEL = 10_000_000  # parameters; below, a second thread costs more than it brings
 
 
@@ -43,6 +46,7 @@ def load_model(
     with Checkpoint.open(source) as checkpoint:  # a torn file is one clear line here, and forty in a loader
         plain = checkpoint.plain if isinstance(checkpoint, AdapterCheckpoint) else checkpoint
         folder, name, words = plain.path, checkpoint.name, tokenizer_folder(checkpoint)
+        register_architecture(plain.config)
         for file, method in OPENED_BY.items():
             if (folder / file).is_file():
                 return load(method).from_pretrained(folder, dtype=wanted).to(on), load_tokenizer(folder)
@@ -99,6 +103,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         return transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as problem:
         raise CheckpointError(f"{folder}: no tokenizer that loads: {first_line(problem)}") from problem
+
+
+def register_architecture(config: Mapping[str, Any]) -> None:
+    """Make the Auto classes know the architecture of a `config.json`, where it is one of ours."""
+    if (method := ARCHITECTURES.get(str(config.get("model_type")))) is not None:
+        load(method)
 
 
 def choose_device(device: str = "auto") -> torch.device:

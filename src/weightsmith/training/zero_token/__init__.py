@@ -1,0 +1,1 @@
+"""The Zero-Token Transformer: cycles over the middle layers, a zero token for each, early exit."""

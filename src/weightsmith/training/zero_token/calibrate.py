@@ -1,0 +1,143 @@
+"""A threshold for early exit, from held-out data: as few cycles as a given loss allows.
+
+Every candidate threshold is measured by real passes, because a token that leaves early also changes what
+later tokens see. The full pass's signals say which thresholds are worth a pass: their quantiles.
+
+Source  arXiv:2502.12214 stops above a threshold, whose value is not known; this way to choose one is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from weightsmith.errors import InputError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class ExitPoint:
+    """What one threshold gives.
+
+    Attributes:
+        threshold: None for no exit.
+        cycles: Mean cycles of a token.
+        loss: Mean loss of a token, nats.
+    """
+
+    threshold: float | None
+    cycles: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class ExitCalibration:
+    """The outcome.
+
+    Attributes:
+        chosen: The threshold that was set, with its cost; that of no exit where none was good enough.
+        curve: All that were measured, no exit first.
+        spread: Standard deviation of the signal over tokens: near 0 it can't tell them apart.
+    """
+
+    chosen: ExitPoint
+    curve: tuple[ExitPoint, ...]
+    spread: float
+
+
+def calibrate_exit(
+    model: Any, batches: Iterable[Mapping[str, Any]], *, max_loss_increase: float = 0.01, points: int = 12
+) -> ExitCalibration:
+    """Choose `config.exit_threshold` and note the curve in `config.exit_curve`.
+
+    Tokens leave one by one in these passes, unless the model's level is `batch`: with a cache a row decodes
+    one token at a time, so that is what `sequence` means there.
+
+    Args:
+        model: A `ZTTForCausalLM`.
+        batches: Held-out batches with `input_ids` (B, T), and `attention_mask` and `labels` where the tokens
+            don't all count. Never the test data.
+        max_loss_increase: Of the full loss, relative.
+        points: Thresholds to try.
+
+    Raises:
+        InputError: no data, one cycle only, or a value out of range.
+    """
+    kept = list(batches)
+    if not kept:
+        raise InputError("batches: expected held-out data, found none")
+    if not max_loss_increase >= 0:
+        raise InputError(f"max_loss_increase: expected at least 0, got {max_loss_increase}")
+    if points < 1:
+        raise InputError(f"points: expected at least 1, got {points}")
+    config = model.config
+    if config.num_cycles <= config.min_cycles:
+        raise InputError(f"min_cycles: {config.min_cycles} of {config.num_cycles} cycles leave none to skip")
+    level = "batch" if config.exit_level == "batch" else "token"
+    was_training, before = model.training, config.exit_threshold
+    model.eval()
+    config.exit_threshold = None
+    try:
+        full, signals = _measure(model, kept, None, level, keep_signals=True)
+        asked = signals[config.min_cycles - 1 : config.num_cycles - 1].flatten()
+        asked = asked[asked.isfinite()]
+        shares = torch.linspace(0, 1, points + 2, dtype=asked.dtype)[1:-1]
+        tried = sorted({round(float(value), 6) for value in torch.quantile(asked, shares)})
+        curve = [full, *(_measure(model, kept, threshold, level)[0] for threshold in tried)]
+    finally:
+        config.exit_threshold = before
+        model.train(was_training)
+    good = [point for point in curve if point.loss <= full.loss * (1 + max_loss_increase)]
+    chosen = min(good, key=lambda point: (point.cycles, point.loss))
+    config.exit_threshold = chosen.threshold
+    config.exit_curve = [asdict(point) for point in curve]
+    return ExitCalibration(chosen, tuple(curve), float(asked.std()))
+
+
+@torch.no_grad()
+def _measure(
+    model: Any,
+    batches: list[Mapping[str, Any]],
+    threshold: float | None,
+    level: str,
+    *,
+    keep_signals: bool = False,
+) -> tuple[ExitPoint, torch.Tensor]:
+    """Cycles and loss at a threshold; signals of all real tokens (cycles, tokens) where they are wanted."""
+    nats = cycles = 0.0
+    predicted = tokens = 0
+    kept = []
+    for batch in batches:
+        inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+        ids = inputs["input_ids"]
+        real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        labels = batch["labels"].to(model.device) if "labels" in batch else ids.masked_fill(~real, IGNORED)
+        out = model(
+            **inputs,
+            use_cache=False,
+            exit_threshold=threshold,
+            exit_level=level,
+            output_exit_signal=keep_signals,
+        )
+        targets = labels[:, 1:].flatten()
+        logits = out.logits[:, :-1].flatten(0, 1).float()
+        nats += float(F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum"))
+        predicted += int((targets != IGNORED).sum())
+        used = out.num_cycles_used
+        used = used if used.ndim == 2 else used[:, None].expand_as(ids)
+        cycles += float(used[real].sum())
+        tokens += int(real.sum())
+        if keep_signals:
+            kept.append(out.exit_signal[:, real].float().cpu())
+    if not predicted:
+        raise InputError("batches: no token to predict; every label is ignored")
+    loss = nats / predicted
+    if not math.isfinite(loss):
+        raise InputError(f"batches: the loss is {loss}")
+    return ExitPoint(threshold, cycles / tokens, loss), torch.cat(kept, 1) if kept else torch.empty(0)

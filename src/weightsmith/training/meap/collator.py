@@ -55,7 +55,7 @@ class DataCollatorForMEAP:
         options: A `MEAPOptions`, or a mapping of its fields.
         seed: Decides the masks.
         vocab_size: Rows of the model's embedding, to refuse a mask token that has none.
-        protected_ids: Further ids that are never masked.
+        protected_ids: Further special ids: never masked, and no part of an answer that they close.
         **fields: Fields of `MEAPOptions`.
 
     Raises:
@@ -111,7 +111,7 @@ class DataCollatorForMEAP:
         known = (pad, *(getattr(tokenizer, name, None) for name in _PLACEHOLDERS), *protected_ids)
         special = set(getattr(tokenizer, "all_special_ids", ())) - {mask_token_id}
         always = {id for id in known if id is not None}
-        self.closing = frozenset(special)
+        self.closing = frozenset(special | set(protected_ids))
         self.protected = frozenset(always | special if self.options.protect_special else always)
         self.masked: Tensor | int = 0
         self.eligible: Tensor | int = 0

@@ -49,12 +49,13 @@ class Options(SphinxDirective):
         cls = getattr(importlib.import_module(module), name)
         meaning = dict(_meanings(cls))
         lines = ["| Key | Default | Meaning |", "|---|---|---|"]
-        for field in dataclasses.fields(cls):
-            key = field.name.removesuffix("_")
-            words = " ".join(meaning.get(field.name, "").split()).replace("|", "\\|")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name, parameter in inspect.signature(cls).parameters.items():  # also what is no field (`InitVar`)
+            words = " ".join(meaning.get(name, "").split()).replace("|", "\\|")
             if not words:
-                raise self.error(f"{self.arguments[0]}: field `{field.name}` has no description")
-            lines.append(f"| `{key}` | {_default(field)} | {words} |")
+                raise self.error(f"{self.arguments[0]}: field `{name}` has no description")
+            default = _default(fields.get(name, parameter))
+            lines.append(f"| `{name.removesuffix('_')}` | {default} | {words} |")
         return _markdown(self, lines)
 
 
@@ -66,8 +67,9 @@ def _markdown(directive: SphinxDirective, lines: list[str]) -> list[nodes.Node]:
 
 def _default(field: Any) -> str:
     value = field.default
-    if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
+    factory = getattr(field, "default_factory", dataclasses.MISSING)
+    if factory is not dataclasses.MISSING:
+        value = factory()
     if value is dataclasses.MISSING:
         return "required"
     if value is None:

@@ -11,7 +11,14 @@ import pytest
 from weightsmith.errors import PageError
 from weightsmith.recipes import Inline, load_page, plan_run, run_recipe
 from weightsmith.recipes.standin import folder_bytes
-from weightsmith.training import AdaGCOptions, AlphaDecayOptions, LightSAMOptions, MEAPOptions, SAMOptions
+from weightsmith.training import (
+    AdaGCOptions,
+    AlphaDecayOptions,
+    LightSAMOptions,
+    MEAPOptions,
+    SAMOptions,
+    TeZOOptions,
+)
 
 GOOD = """\
 stages:
@@ -29,6 +36,7 @@ stages:
   mean: {average: {states: names, method: {lawa: {num_select: 3}}, last: 6, every: 2}}
   hidden: {train: {model: testbed/xs, data: docs, objective: {meap: {mask_ratio: 0.2}}}}
   clean: {train: {model: testbed/xs, data: docs, objective: ntp}}
+  zo: {train: {model: testbed/xs, data: docs, learning_rate: 1, optimizer: {tezo: {variant: adam, rank: 8}}}}
 """
 
 
@@ -56,6 +64,8 @@ def test_a_page_says_parts_by_name_and_options(load):
     assert (stages["names"].clip, stages["names"].sharpness) == (AdaGCOptions(), LightSAMOptions())
     assert stages["names"].average.keep
     assert (stages["norm"].clip, stages["norm"].sharpness.variant) == (2.0, "adagrad")
+    assert stages["zo"].optimizer == TeZOOptions(variant="adam", rank=8)
+    assert stages["off"].optimizer is None
     assert stages["mean"].method.options.method == "lawa"
     assert stages["hidden"].objective == MEAPOptions(mask_ratio=0.2)
     assert stages["clean"].objective is None
@@ -86,6 +96,7 @@ def test_a_page_says_parts_by_name_and_options(load):
         ),
         ("held_out: [names, docs]", "held_out: docs, objective: train", "sewa.held_out: has no use with"),
         ("decay: uniform", "decay: {uniform: 3}", "10: stages.off.decay.uniform: takes no options"),
+        ("optimizer: {tezo", "optimizr: {tezo", "zo.optimizr: no such key; did you mean `optimizer`?"),
         ("clip: off", "clp: off", "10: stages.off.clp: no such key; did you mean `clip`?"),
         (
             "clip: off",
@@ -101,6 +112,23 @@ def test_a_page_says_parts_by_name_and_options(load):
             "data: docs, clip: {global: 2}",
             "data: docs, betas: [0.9, 0.99]",
             "12: stages.norm.betas: are AdamW's",
+        ),
+        (
+            "{tezo: {v",
+            "{tzo: {v",
+            "16: stages.zo.optimizer.tzo: expected adamw, tezo, mezo or lozo, found",
+        ),
+        ("variant: adam", "variant: adm", "16: stages.zo.optimizer.tezo.variant: expected 'sgd'"),
+        ("variant: adam", "varant: adam", "optimizer.tezo.varant: no such key; did you mean `variant`?"),
+        ("variant: adam", "rho: 0.0", "16: stages.zo.optimizer.tezo.rho: expected above 0"),
+        ("variant: adam", "seed: 3", "16: stages.zo.optimizer.tezo.seed: no such key"),
+        ("variant: adam", "eps: 0.1", "tezo.eps: has no effect with variant `sgd`"),
+        ("variant: adam", "max_rank: 3", "tezo.max_rank: has no effect without `rank: auto`"),
+        ("rank: 8", "rank: 0", "16: stages.zo.optimizer.tezo.rank: expected a whole number"),
+        (
+            "learning_rate: 1, ",
+            "",
+            "16: stages.zo.learning_rate: has to be given with `optimizer: tezo`",
         ),
         ("states: names", "states: nmes", "13: stages.mean.states: `nmes` is no stage above"),
         (
@@ -148,6 +176,7 @@ def test_each_mistake_is_named_with_line_key_and_cure(load, old, new, message):
         ("steps: 20", "steps: 21"),
         ("held_out: [names, docs]", "held_out: [docs, names]"),
         ("clip: off", "clip: {global: 1.0}"),
+        ("rank: 8", "rank: {'*': 8}"),
         ("variant: adagrad", "variant: adagrad_norm"),
         ("num_select: 3", "num_select: 2"),
         ("every: 2", "every: 1"),
@@ -187,6 +216,8 @@ stages:
       decay: {alphadecay: {interval: 3, min_dim: 8}}
       sharpness: sam
       average: {sewa: {start: 0, every: 2, num_select: 2, steps: 4, held_out: FOLDER/b.txt}}
+  probes:
+    train: {<<: *short, average: off, learning_rate: 0.01, optimizer: {tezo: {variant: adam, rank: 4}}}
   lawa: {average: {states: kept, method: {lawa: {num_select: 2}}}}
   thin: {average: {states: kept, every: 2}}
   ema: {average: {states: kept, method: {ema: {decay: 0.5}}}}
@@ -307,7 +338,7 @@ def test_the_report_shows_what_the_parts_did(made):
 
     html = write_report(made[2].folder).read_text()
     for words in (
-        "One training, 2 ways",
+        "One training, 3 ways",
         "Clipping",
         "Sharpness",
         "Weight decay by matrix",

@@ -1,5 +1,6 @@
 """Parts in the loop: switched on by a key, counted in the plan, and as resumable as a run without them."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,11 +12,14 @@ from weightsmith.training import (
     AlphaDecayOptions,
     AveragingOptions,
     LightSAMOptions,
+    LOZOOptions,
     MEAPOptions,
     MEAPTrainConfig,
+    MeZOOptions,
     SAMOptions,
     SeWAOptions,
     StateAverage,
+    TeZOOptions,
     TrainConfig,
     plan,
     train,
@@ -53,6 +57,21 @@ RUNS = {
         "clip": ADAGC,
         "decay": DECAY,
         "sharpness": LightSAMOptions(),
+        "average": averaged("swa", every=1),
+        "layer_drop": 0.3,
+    },
+    "tezo": {"optimizer": TeZOOptions(rank=4), "learning_rate": 1e-3},
+    "tezo adam, accumulated": {
+        "optimizer": TeZOOptions(variant="adam", rank="auto", refresh_interval=5, restore="branch"),
+        "learning_rate": 1e-3,
+        "gradient_accumulation": 2,
+    },
+    "mezo adam": {"optimizer": MeZOOptions(variant="adam"), "learning_rate": 1e-3},
+    "lozo momentum": {"optimizer": LOZOOptions(variant="momentum", interval=3), "learning_rate": 1e-3},
+    "all, tezo": {
+        "optimizer": TeZOOptions(variant="momentum", rank=4, restore="snapshot"),
+        "learning_rate": 1e-3,
+        "decay": DECAY,
         "average": averaged("swa", every=1),
         "layer_drop": 0.3,
     },
@@ -146,10 +165,12 @@ def test_a_running_mean_is_there_when_its_checkpoint_is(config_folder, tmp_path,
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", ["adagc", "alphadecay", "sam", "lightsam III", "ema", "lawa"])
+@pytest.mark.parametrize("name", ["adagc", "alphadecay", "sam", "lightsam III", "ema", "lawa", "tezo"])
 def test_each_key_changes_the_result_and_the_fingerprint(name, config_folder, tmp_path):
     plain = TrainConfig(data="docs", save_every=4, **SMALL)
-    parted = config(name, learning_rate=plan(plain, config_folder, seed=3).config.learning_rate)
+    rate = RUNS[name].get("learning_rate") or plan(plain, config_folder, seed=3).config.learning_rate
+    plain = dataclasses.replace(plain, learning_rate=rate)
+    parted = config(name, learning_rate=rate)
     train(plain, config_folder, tmp_path / "plain", workdir=tmp_path / "w", seed=3)
     go(name, config_folder, tmp_path)
     with Checkpoint.open(tmp_path / "plain") as one, Checkpoint.open(tmp_path / "model") as other:
@@ -186,6 +207,31 @@ def test_sharpness_is_the_rise_of_the_loss_however_the_batch_is_cut(config_folde
         go("sam", config_folder, tmp_path / str(parts), **more)
         rises.append(json.loads((tmp_path / str(parts) / "metrics.jsonl").read_text())["sharpness"])
     assert rises[0] == pytest.approx(rises[1], rel=1e-3)
+
+
+def test_without_gradients_a_plan_needs_less_memory_and_two_thirds_of_the_time():
+    long = {"data": "docs", "steps": 3000, "learning_rate": 1e-3}
+    cost = {
+        name: plan(TrainConfig(**long, optimizer=options), "testbed/s", seed=0).prediction
+        for name, options in {
+            "adamw": None,
+            "tezo": TeZOOptions(variant="adam", rank=8),
+            "mezo": MeZOOptions(),
+            "mezo adam": MeZOOptions(variant="adam"),
+            "lozo": LOZOOptions(),
+        }.items()
+    }
+    assert 0.6 < cost["tezo"].seconds / cost["adamw"].seconds < 0.8 < cost["mezo"].seconds
+    assert cost["mezo"].seconds > cost["tezo"].seconds
+    memory = {name: found.memory_bytes for name, found in cost.items()}
+    assert memory["mezo"] < memory["lozo"] < memory["tezo"] < memory["mezo adam"] < memory["adamw"]
+
+
+def test_the_value_of_optimizer_goes_with_a_config_but_not_into_its_fields():
+    """Keys of finished test-beds are made of the fields."""
+    given = TrainConfig(data="docs", optimizer=TeZOOptions(rank=4))
+    assert dataclasses.replace(given, steps=3).optimizer == TeZOOptions(rank=4)
+    assert "optimizer" not in dataclasses.asdict(given)
 
 
 def test_a_kept_state_is_a_whole_model_of_its_step(config_folder, tmp_path):
@@ -228,6 +274,26 @@ def test_a_plan_counts_second_passes_and_states():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        (
+            {"optimizer": TeZOOptions()},
+            "learning_rate: has to be given with `optimizer: tezo`; about 1e-3 to 1e-4 for a million",
+        ),
+        (
+            {"optimizer": TeZOOptions(), "learning_rate": 1e-3, "betas": (0.9, 0.99)},
+            r"betas: are AdamW's; tezo takes its own \(`optimizer: {tezo: {betas",
+        ),
+        (
+            {"optimizer": MeZOOptions(), "learning_rate": 1e-3, "sharpness": SAMOptions()},
+            "sharpness: needs gradients, and `optimizer: mezo` has none",
+        ),
+        (
+            {"optimizer": MeZOOptions(), "learning_rate": 1e-3, "clip": 2.0},
+            "clip: there are no gradients to clip with `optimizer: mezo`",
+        ),
+        (
+            {"optimizer": LOZOOptions(), "learning_rate": 1e-3, "clip": ADAGC},
+            "clip: there are no gradients to clip with `optimizer: lozo`",
+        ),
         ({"clip": -1.0}, "clip: a global norm must be at least 0"),
         ({"decay": AlphaDecayOptions(), "weight_decay": 0.0}, "decay: alphadecay shares out `weight_decay`"),
         (
@@ -273,6 +339,9 @@ def test_what_is_hardly_meant_is_a_warning_of_the_plan():
     told = plan(TrainConfig(data=__file__, **SMALL, **strange), "testbed/xs", seed=0).warnings
     assert [line.partition(":")[0] for line in told] == ["clip", "decay", "average"]
     assert plan(TrainConfig(data="docs", **SMALL), "testbed/xs", seed=0).warnings == ()
+    rounded = {"optimizer": TeZOOptions(), "learning_rate": 1e-3, "dtype": "bfloat16"}
+    told = plan(TrainConfig(data="docs", **SMALL, **rounded), "testbed/xs", seed=0).warnings
+    assert [line.partition(":")[0] for line in told] == ["dtype"]
 
 
 def test_losses_of_averages_are_measured_on_the_calibration_pools(config_folder, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ carry `__pydantic_config__ = {"extra": "forbid"}`.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,8 @@ def validate(cls: type[T], body: Mapping[str, Any]) -> tuple[T | None, list[Prob
     """
     declared = dataclasses.fields(cls)  # pyrefly: ignore[bad-argument-type]
     fields = [field.name for field in declared]
-    free = [name for name in fields if name not in body]  # a misspelt key is none of those that are there
+    # A misspelt key is none of those that are there; the signature also has what is no field (`InitVar`).
+    free = [name for name in inspect.signature(cls).parameters if name not in body]
     needed = [field.name for field in declared if field.name in free and _is_required(field)]
     problems = [
         Problem((key,), f"no such key{nearest(key, needed) or nearest(key, free)}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-PART_KEYS = ("clip", "decay", "sharpness", "average", "objective")
+PART_KEYS = ("optimizer", "clip", "decay", "sharpness", "average", "objective")
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
+    "optimizer": (None,),
     "clip": (None, {"global": 1.0}, "global"),
     "decay": (None, "uniform"),
     "sharpness": (None, "off"),

@@ -1,4 +1,4 @@
-"""From the keys `clip`, `decay`, `sharpness`, `average` and `objective` to what a Trainer takes."""
+"""From the keys `optimizer`, `clip`, `decay`, `sharpness`, `average`, `objective` to what a Trainer takes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from weightsmith.training.lightsam.optimizer import LightSAM
 from weightsmith.training.lightsam.options import LightSAMOptions
 from weightsmith.training.lightsam.sam import SAM
 from weightsmith.training.meap.durable import MaskedBatches
-from weightsmith.training.parts import StateAverage
+from weightsmith.training.parts import StateAverage, zeroth_order
 from weightsmith.training.planning import TrainPlan
+from weightsmith.training.tezo.optimizer import LOZO, MeZO, TeZO
 
 CANDIDATES = "averaging"
 """Folder inside a work folder with what a mean is made of at the end."""
@@ -80,7 +81,10 @@ def decay_options(config: TrainConfig) -> AlphaDecayOptions | None:
 
 
 def optimizer_class(config: TrainConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
-    """Class and arguments of a two-pass optimiser; None for the Trainer's own AdamW."""
+    """Class and arguments of an optimiser of ours; None for the Trainer's own AdamW."""
+    if (steps := zeroth_order(config)) is not None:
+        own = {field.name: getattr(steps, field.name) for field in dataclasses.fields(steps)}
+        return {"tezo": TeZO, "mezo": MeZO, "lozo": LOZO}[steps.kind], {"lr": config.learning_rate, **own}
     options = config.sharpness
     if options is None:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import ClassVar, Literal
 
 from weightsmith.errors import InputError
@@ -33,6 +33,8 @@ class TrainConfig:
     learning_rate: float | None = None
     """Peak learning rate; by default inverse to the model's width: 0.192 / width from random weights, 0.144 /
     width for a fine-tune (7e-5 at a width of 2,048)."""
+    optimizer: InitVar[parts.Optimizer] = None
+    """What steps: `adamw`, which needs gradients, or one that needs two losses: `tezo`, `mezo`, `lozo`."""
     warmup_steps: int = 20
     """Steps over which the learning rate rises from 0."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -43,7 +45,7 @@ class TrainConfig:
     """How weight decay is shared out: `uniform`, or by matrix with `alphadecay`."""
     betas: tuple[float, float] | None = None
     """Decay rates of AdamW's two moments, [0.9, 0.95] by default; LightSAM takes its own."""
-    clip: parts.Clip = 1.0
+    clip: parts.Clip = parts.CLIP
     """Which norm of gradients is held down: of all together (`global`), of each tensor (`adagc`), none
     (`off`)."""
     sharpness: parts.Sharpness = None
@@ -68,6 +70,10 @@ class TrainConfig:
     """Durable checkpoints kept while the run goes on."""
     log_every: int = 10
     """Steps between lines of `metrics.jsonl`."""
+
+    def __post_init__(self, optimizer: parts.Optimizer) -> None:
+        # No field: `asdict` is in the key by which finished test-beds, hours of work, are found again.
+        object.__setattr__(self, "optimizer", optimizer)
 
     def check(self) -> None:
         """Check values and data without reading any.

@@ -20,7 +20,8 @@ from weightsmith.training.alphadecay.options import AlphaDecayOptions
 from weightsmith.training.averaging.options import LEARNED, RUNNING
 from weightsmith.training.config import TrainConfig
 from weightsmith.training.lightsam.options import LightSAMOptions
-from weightsmith.training.parts import StateAverage, kept_steps
+from weightsmith.training.parts import StateAverage, kept_steps, zeroth_order
+from weightsmith.training.tezo.options import LOZOOptions, TeZOOptions, ZerothOrderOptions
 
 PROCESS_BYTES = 560_000_000  # a Python that has imported torch and transformers.Trainer
 GPU_FLOPS = 5e13  # assumed of any GPU: a forecast to the order of magnitude
@@ -29,6 +30,8 @@ _STATE_BYTES = {None: 8, "sam": 12, "adam": 20, "adagrad": 12, "adagrad_norm": 4
 # Operations of a Gram matrix and its eigenvalues, relative to (smaller side)^2 * larger side.
 _SPECTRUM = 6.0
 _MATRIX_SECONDS = 1e-3
+# Seconds to draw one Gaussian number on a CPU, and to read and write one weight.
+_DRAW_SECONDS, _SWEEP_SECONDS = 4.5e-9, 5e-10
 
 
 def check_fit(config: TrainConfig, specs: Sequence[TensorSpec]) -> None:
@@ -104,6 +107,12 @@ def predict(
         kind = config.sharpness.variant
     state = _STATE_BYTES[kind] * parameters
     memory = 8 * parameters + state + activations
+    if (steps := zeroth_order(config)) is not None:
+        # Neither gradients nor what a backward pass wants kept: one layer's values, and the logits.
+        state = _zeroth_order_bytes(steps, specs)
+        memory = 4 * parameters + state + activations // layers + 8 * tokens * vocabulary
+        sweep = _sweep_seconds(steps, parameters)
+        seconds = 2 / 3 * one_pass * passes + 3 * sweep * config.steps + 4.0
     if config.decay is not None:
         looks = -(-config.steps // config.decay.interval)
         matrices = _matrices(config.decay, specs)
@@ -125,6 +134,30 @@ def predict(
             for step in kept_steps(config.average.options, config.steps):
                 disk += states.folder_bytes(kept, files, states.state_lineage(lineage, step))
     return Prediction(PROCESS_BYTES + memory, disk, seconds, scratch)
+
+
+def _zeroth_order_bytes(options: ZerothOrderOptions, specs: Sequence[TensorSpec]) -> int:
+    """Factors, and running means of matrices and of the rest; copies that `restore` asks for."""
+    averages = {"sgd": 0, "adam": 2}.get(options.variant, 1)
+    total = 0
+    for spec in specs:
+        if isinstance(options, TeZOOptions | LOZOOptions) and len(spec.shape) >= 2:
+            rows, columns = spec.shape[0], spec.numel // spec.shape[0]
+            rank = options.rank if isinstance(options.rank, int) else getattr(options, "max_rank", 64)
+            rank = min(rank, rows, columns)
+            if isinstance(options, TeZOOptions):
+                total += 4 * rank * (rows + columns + averages)
+            else:
+                total += 4 * rank * (columns + averages * rows)
+        else:
+            total += 4 * averages * spec.numel
+    return total + (4 * sum(spec.numel for spec in specs) if options.restore == "snapshot" else 0)
+
+
+def _sweep_seconds(options: ZerothOrderOptions, parameters: int) -> float:
+    """Seconds to add a direction to all weights."""
+    dense = options.kind == "mezo"
+    return parameters * (_SWEEP_SECONDS + (_DRAW_SECONDS if dense else 0.0))
 
 
 def _averaging(average: StateAverage, steps: int, parameters: int, one_pass: float) -> Prediction:

@@ -1,5 +1,5 @@
-"""The keys `clip`, `decay`, `sharpness`, `average` and `objective` of a training: what fits together, and in
-which words.
+"""The keys `optimizer`, `clip`, `decay`, `sharpness`, `average`, `objective` of a training: what fits
+together, and in which words.
 
 A value is the part's own options object, so no option is written twice. Nothing here imports torch: a page is
 checked and a run is planned with it.
@@ -19,14 +19,20 @@ from weightsmith.training.averaging.options import LEARNED, RUNNING, AveragingOp
 from weightsmith.training.lightsam.options import LightSAMOptions, SAMOptions
 from weightsmith.training.meap.options import MUCH, MEAPOptions
 from weightsmith.training.sources import DataSource
+from weightsmith.training.tezo.options import ZerothOrderOptions
 
 if TYPE_CHECKING:
     from weightsmith.training.config import TrainConfig
 
-KEYS = ("clip", "decay", "sharpness", "average", "objective")
+KEYS = ("optimizer", "clip", "decay", "sharpness", "average", "objective")
 Clip = float | AdaGCOptions
 Decay = AlphaDecayOptions | None
 Sharpness = LightSAMOptions | SAMOptions | None
+Optimizer = ZerothOrderOptions | None
+
+CLIP = 1.0
+"""The global norm that a training holds gradients down to unless told otherwise."""
+
 Objective = MEAPOptions | None
 
 
@@ -58,6 +64,8 @@ def check(config: TrainConfig) -> None:
         InputError: begins with the key.
     """
     clip, decay, sharpness = config.clip, config.decay, config.sharpness
+    if (steps := zeroth_order(config)) is not None:
+        _check_zeroth_order(config, steps)
     if not isinstance(clip, AdaGCOptions) and not 0 <= clip < math.inf:
         raise InputError(f"clip: a global norm must be at least 0 and finite, got {clip}")
     if isinstance(sharpness, LightSAMOptions) and config.betas is not None:
@@ -83,6 +91,31 @@ def check(config: TrainConfig) -> None:
                 "objective: meap.add_mask_token: kept states (`average: keep`) have the model's own shapes; "
                 "name a token with `mask_token`"
             )
+
+
+def zeroth_order(config: TrainConfig) -> Optimizer:
+    """The value of the key `optimizer`, which is no field of the config (see there)."""
+    return getattr(config, "optimizer", None)
+
+
+def _check_zeroth_order(config: TrainConfig, options: ZerothOrderOptions) -> None:
+    kind = options.kind
+    if config.learning_rate is None:
+        raise InputError(
+            f"learning_rate: has to be given with `optimizer: {kind}`; about 1e-3 to 1e-4 for a million "
+            "weights, 1e-6 for a billion"
+        )
+    if config.betas is not None:
+        raise InputError(
+            f"betas: are AdamW's; {kind} takes its own (`optimizer: {{{kind}: {{betas: ...}}}}`)"
+        )
+    if config.sharpness is not None:
+        raise InputError(f"sharpness: needs gradients, and `optimizer: {kind}` has none")
+    if config.clip not in (0, CLIP):
+        raise InputError(
+            f"clip: there are no gradients to clip with `optimizer: {kind}`; its own option `clip` bounds "
+            "the derivative of a step"
+        )
 
 
 def _check_average(average: StateAverage, steps: int) -> None:
@@ -134,6 +167,11 @@ def warnings(config: TrainConfig) -> tuple[str, ...]:
                 f"clip: {config.steps} steps are few for a mean that starts at the smallest norm; "
                 "`init: ema` needs less"
             )
+    if (steps := zeroth_order(config)) is not None and config.dtype == "bfloat16":
+        found.append(
+            f"dtype: {steps.kind} takes the difference of two close losses, which bfloat16 rounds; there is "
+            "no backward pass whose memory it would save"
+        )
     sharpness = config.sharpness
     if config.clip and isinstance(sharpness, LightSAMOptions) and sharpness.variant != "adam":
         found.append(
@@ -184,6 +222,10 @@ def described(config: TrainConfig) -> dict[str, Any]:
         words["sharpness"] = {"asam" if options.pop("adaptive", False) else "sam": options}
     elif sharpness is not None:
         words["sharpness"] = {"lightsam": changed(sharpness)}
+    if (steps := zeroth_order(config)) is not None:
+        options = changed(steps)
+        options.pop("seed", None)  # follows from the run's
+        words["optimizer"] = {steps.kind: options}
     if average is not None:
         options = changed(average.options)
         options |= options.pop("sewa", {})

@@ -21,6 +21,7 @@ from weightsmith.errors import CheckpointError, InputError, require
 from weightsmith.evaluation.models import default_threads, window_length
 from weightsmith.runs.environment import versions
 from weightsmith.runs.prediction import Prediction
+from weightsmith.runs.seeds import derive
 from weightsmith.tensors.floats import parse_dtype
 from weightsmith.testbed import model_files, parameter_shapes
 from weightsmith.training import costs, parts
@@ -118,6 +119,7 @@ def plan(config: TrainConfig, model: str | Path, *, seed: int) -> TrainPlan:
     if config.objective is not None:
         check_tokenizer_files(files, config.objective, str(model))
     resolved = _resolved(config, model_config, sum(spec.numel for spec in specs), parent, str(model))
+    resolved = _with_seed(resolved, seed)
     costs.check_fit(resolved, specs)
     lineage = Lineage(
         method="finetune" if from_weights else "train",
@@ -168,6 +170,7 @@ def _resolved(
                 f"learning_rate: {model} doesn't tell its width (hidden_size), so it must be given"
             )
         rate = (0.144 if isinstance(config, FinetuneConfig) else 0.192) / width
+    own_betas = isinstance(sharpness, LightSAMOptions) or parts.zeroth_order(config) is not None
     replayed = config.replay_data
     if config.replay and replayed is None:
         replayed = _trained_on(parent, model)
@@ -177,9 +180,17 @@ def _resolved(
         sequence_length=config.sequence_length or window_length(model_config),
         threads=config.threads or default_threads(num_parameters),
         replay_data=replayed if config.replay else None,
-        betas=config.betas if isinstance(sharpness, LightSAMOptions) else config.betas or (0.9, 0.95),
+        betas=config.betas if own_betas else config.betas or (0.9, 0.95),
         average=_with_held_out(config),
     )
+
+
+def _with_seed(config: TrainConfig, seed: int) -> TrainConfig:
+    """Directions follow from the run's seed; there are no gradients to clip."""
+    if (steps := parts.zeroth_order(config)) is None:
+        return config
+    seeded = dataclasses.replace(steps, seed=derive(seed, "directions"))
+    return dataclasses.replace(config, optimizer=seeded, clip=0.0)
 
 
 def _with_held_out(config: TrainConfig) -> parts.StateAverage | None:

@@ -1,6 +1,7 @@
-"""How a page writes the parts of a training: `clip`, `decay`, `sharpness`, `average`, `objective`; and how to
-average.
+"""How a page writes the parts of a training: `optimizer`, `clip`, `decay`, `sharpness`, `average`,
+`objective`; and how to average.
 
+    optimizer: adamw | {tezo: {variant: adam, rank: 64}} | {mezo: {...}} | {lozo: {...}}
     clip: off | {global: 1.0} | {adagc: {init: ema}}
     decay: uniform | {alphadecay: {interval: 200}}
     sharpness: off | sam | {asam: {rho: 0.3}} | {lightsam: {variant: adagrad}}
@@ -16,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from weightsmith.errors import nearest
@@ -28,6 +30,7 @@ from weightsmith.training.averaging.options import LEARNED, RUNNING, AveragingOp
 from weightsmith.training.lightsam.options import LightSAMOptions, SAMOptions
 from weightsmith.training.meap.options import MEAPOptions
 from weightsmith.training.parts import StateAverage
+from weightsmith.training.tezo.options import KINDS, without_effect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,7 @@ class HeldOut:
 
 METHODS = ("sewa", "uniform", "lawa", "every", "random", "best", "greedy", *RUNNING)
 NAMES: Mapping[str, tuple[str, ...]] = {
+    "optimizer": ("adamw", *KINDS),
     "clip": ("off", "global", "adagc"),
     "decay": ("uniform", "alphadecay"),
     "sharpness": ("off", "sam", "asam", "lightsam"),
@@ -81,7 +85,7 @@ def _part(key: str, value: Any) -> tuple[Any, list[Problem]]:
     name, options, problems = choice(key, value, NAMES[key])
     if problems:
         return None, problems
-    if name == "off" or (key, name) in (("decay", "uniform"), ("objective", "ntp")):
+    if name == "off" or (key, name) in (("decay", "uniform"), ("objective", "ntp"), ("optimizer", "adamw")):
         if options:
             return None, [Problem((key, name), "takes no options")]
         return (0.0 if key == "clip" else None), []
@@ -162,7 +166,19 @@ def _sam(body: Mapping[str, Any], *, adaptive: bool) -> tuple[Any, list[Problem]
     return (dataclasses.replace(made, adaptive=adaptive) if made else None), problems
 
 
+def _zeroth_order(kind: str, body: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
+    fields = [field.name for field in dataclasses.fields(KINDS[kind]) if field.name != "seed"]
+    problems = _unknown(body, fields)
+    if problems:
+        return None, problems
+    made, problems = validate(KINDS[kind], body)
+    if made is not None:
+        problems = [Problem((key,), why) for key, why in without_effect(made, body).items()]
+    return (None if problems else made), problems
+
+
 _READERS: Mapping[str, Any] = {
+    **{kind: partial(_zeroth_order, kind) for kind in KINDS},
     "adagc": lambda body: validate(AdaGCOptions, body),
     "alphadecay": lambda body: validate(AlphaDecayOptions, body),
     "lightsam": lambda body: validate(LightSAMOptions, body),

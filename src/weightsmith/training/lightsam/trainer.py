@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -26,14 +26,14 @@ from weightsmith.training.lightsam.replay import (
     set_random_state,
 )
 from weightsmith.training.lightsam.two_pass import TwoPassOptimizer
+from weightsmith.training.tezo.trainer import ZOTrainerMixin
 
 logger = logging.getLogger(__name__)
 
-_Base = Trainer if TYPE_CHECKING else object
 
-
-class SAMTrainerMixin(_Base):
-    """Runs both passes of `LightSAM`, `SAM` and `ASAM`; with any other optimiser a Trainer stays as it is.
+class SAMTrainerMixin(ZOTrainerMixin):
+    """Runs both passes of `LightSAM`, `SAM` and `ASAM`; leaves other optimisers to the mixin above it, and so
+    to the Trainer.
 
     Put it before the Trainer: `class MyTrainer(SAMTrainerMixin, SFTTrainer)`. Gradient accumulation, DDP,
     FSDP2, and fp16 loss scaling work. Logged losses are those at the weights, logged gradient norms those at

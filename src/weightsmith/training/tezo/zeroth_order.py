@@ -101,6 +101,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._offset = 0
         self._copies: dict[int, Tensor] = {}
         defaults = {"lr": lr, "rho": options.rho, "weight_decay": weight_decay}
+        defaults["decoupled_weight_decay"] = True
         super().__init__(params, {**defaults, "step": 0, "seed": options.seed or 0})
         self.name_parameters(named_parameters(self, self._name))
         low_rank = isinstance(options, TeZOOptions | LOZOOptions)

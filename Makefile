@@ -52,6 +52,7 @@ bench: setup peers
 	@$(BIN)/python benchmarks/spectral.py
 	@$(BIN)/python benchmarks/training_parts.py
 	@$(BIN)/python benchmarks/averaging.py
+	@$(BIN)/python benchmarks/meap.py
 
 clean:
 	rm -rf runs docs/_build .pytest_cache .ruff_cache

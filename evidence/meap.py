@@ -144,7 +144,7 @@ def windows_of(data: torch.Tensor, count: int, length: int) -> torch.Tensor:
 
 
 def continues(rows: torch.Tensor, before: int = 5) -> torch.Tensor:
-    """Bool (rows, tokens): a token that, with the `before` tokens in front of it, stands earlier in its row."""
+    """Bool (rows, tokens): tokens that, with the `before` tokens in front, stand earlier in their row."""
     found = torch.zeros_like(rows, dtype=torch.bool)
     for number_, row in enumerate(rows.tolist()):
         seen: set[tuple[int, ...]] = set()
@@ -466,7 +466,7 @@ def table(results: Mapping[str, Any]) -> str:
         f"{size['needles']} needles. Mean (range) over seeds on clean test text. Made by "
         "`python evidence/meap.py`.",
         "",
-        "| trained with | held-out loss | repeats of the context | elsewhere | needle recall | digits right |",
+        "| trained with | held-out loss | repeats of context | elsewhere | needle recall | digits right |",
         "|---|---|---|---|---|---|",
     ]
     for arm in ARMS:

@@ -374,3 +374,15 @@ def test_the_ready_recipe_of_parts_runs(tmp_path):
     page.write_text(text)
     result = run_recipe(page, root=tmp_path / "runs", executor=Inline())
     assert {stage.status for stage in result.stages} == {"finished"}
+
+
+def test_the_ready_recipe_of_meap_can_be_planned(tmp_path, capsys, monkeypatch):
+    """Its run takes minutes."""
+    from weightsmith.cli.main import app
+
+    page = Path(__file__).parents[2] / "recipes" / "meap.yaml"
+    monkeypatch.chdir(tmp_path)
+    assert not app(["run", str(page), "--dry-run"], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("plain", "masked", "harder", "scores"))
+    assert not list(tmp_path.rglob("*.safetensors"))

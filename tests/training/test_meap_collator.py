@@ -18,7 +18,7 @@ from transformers import (
 from weightsmith.errors import InputError
 from weightsmith.testbed import write_model_folder
 from weightsmith.testbed.alphabet import EOS, PAD, VOCABULARY
-from weightsmith.training import DataCollatorForMEAP, resolve_mask_token, strip_mask_token
+from weightsmith.training import DataCollatorForMEAP, meap_sft_map, resolve_mask_token, strip_mask_token
 from weightsmith.training.meap.answers import find_answers, weighted_loss
 from weightsmith.training.meap.masking import authors_places
 
@@ -298,6 +298,29 @@ def test_a_copys_weight_enters_numerator_and_denominator(tokenizer):
     assert weighted_loss(logits, made["labels"], weights).item() == pytest.approx((total / count).item())
     short = collator([pair(4, 10)])
     assert short["loss_weights"].eq(1).all()
+
+
+def test_a_data_set_gets_its_copies_once_and_for_all():
+    rows = [pair(4, 60, 1), pair(9, 20, 2), pair(3, 70, 3)]
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    made = meap_sft_map(columns, mask_token_id=MASK, closing=[EOS], seed=1)
+    assert made == meap_sft_map(columns, mask_token_id=MASK, closing=[EOS], seed=1)
+    assert made != meap_sft_map(columns, mask_token_id=MASK, closing=[EOS], seed=2)
+    assert [len(ids) for ids in made["input_ids"]] == [65, 65, 30, 74, 74]
+    assert made["input_ids"][0] == rows[0]["input_ids"]
+    assert made["labels"][2] == rows[1]["labels"]
+    for number, clean, count in ((1, rows[0], 6), (4, rows[2], 7)):
+        ids, labels = made["input_ids"][number], made["labels"][number]
+        places = [place for place, token in enumerate(ids) if token == MASK]
+        assert len(places) == count
+        assert max(places) < len(ids) - 1
+        assert [place for place, label in enumerate(labels) if label != -100] == places
+        assert all(labels[place] == clean["input_ids"][place] for place in places)
+        assert made["attention_mask"][number] == clean["attention_mask"]
+    assert meap_sft_map({"input_ids": [], "labels": []}, mask_token_id=MASK) == {
+        "input_ids": [],
+        "labels": [],
+    }
 
 
 def test_rows_without_labels_are_counted_and_told_once(tokenizer, caplog):

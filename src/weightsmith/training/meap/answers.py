@@ -10,7 +10,7 @@ Letters  B rows, T tokens of a row, C copies, R answers that are long enough
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,6 +124,50 @@ def with_copies(
     if is_flat(batch):
         return _as_documents(batch, hidden, masked)
     return _as_rows(batch, hidden, masked)
+
+
+def meap_sft_map(
+    examples: Mapping[str, Sequence[Sequence[int]]],
+    *,
+    mask_token_id: int,
+    closing: Collection[int] = (),
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, list[list[int]]]:
+    """Rows and their masked copies, for `datasets.Dataset.map(..., batched=True)`: masks that stay the same
+    in all epochs, where `DataCollatorForMEAP` draws new ones.
+
+    Args:
+        examples: Columns `input_ids` and `labels`, and others with an entry for each token.
+        mask_token_id: What copies are masked with.
+        closing: Ids that close an answer; one at its end is never masked.
+        seed: Decides the masks. Give each batch its own (`with_indices=True`), or equal rows get equal masks.
+        **options: Fields of `MEAPOptions`.
+
+    Returns:
+        The columns, each original in front of its copy.
+    """
+    chosen = MEAPOptions.of({"mode": "sft", **options})
+    width = max(map(len, examples["input_ids"]), default=0)
+    padded = {
+        key: torch.tensor([[*row, *[fill] * (width - len(row))] for row in examples[key]], dtype=torch.long)
+        for key, fill in (("input_ids", 0), ("labels", IGNORED))
+    }
+    hidden = masked_answers(padded, chosen, seed, closing).numpy() if width else np.zeros((0, 0), bool)
+    made: dict[str, list[list[int]]] = {key: [] for key in examples}
+    for number, places in enumerate(hidden):
+        where = np.flatnonzero(places).tolist()
+        for key, column in examples.items():
+            row = list(column[number])
+            made[key].append(row)
+            if not where:
+                continue
+            copy = [IGNORED] * len(row) if key == "labels" else list(row)
+            for place in where:
+                if key in ("labels", "input_ids"):
+                    copy[place] = row[place] if key == "labels" else mask_token_id
+            made[key].append(copy)
+    return made
 
 
 def is_flat(batch: dict[str, Any]) -> bool:

@@ -112,6 +112,16 @@ def test_packed_documents_keep_what_the_packing_collator_set(tokenizer):
             assert torch.equal(torch.as_tensor(masked[key]), torch.as_tensor(value)), key
 
 
+def test_places_of_images_are_never_masked(tokenizer):
+    collator = DataCollatorForMEAP(
+        default_data_collator, tokenizer, mask_ratio=0.9, protect_special=False, protected_ids=[8]
+    )
+    collator.protect_placeholders(LlamaConfig(image_token_id=7))
+    hidden = collator([{"input_ids": [5, 7, 7, 8] * 6}])["input_ids"] == MASK
+    assert hidden.sum() == 4  # 90 % of 6, less the last that could be
+    assert hidden[0].nonzero().remainder(4).eq(0).all()
+
+
 def test_masks_follow_seed_epoch_content_and_position_and_nothing_else():
     def hidden(start=0, epoch=0, seed=0, position=None, calls=0):
         collator = DataCollatorForMEAP(default_data_collator, mask_token_id=MASK, seed=seed)

@@ -30,7 +30,14 @@ logger = logging.getLogger(__name__)
 LOOKED_THROUGH = 10
 """Batches in which the mask token is looked for: it must not be in clean text."""
 # Placeholders that a processor puts where images, sound and video go, as tokenizers and configs name them.
-_PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id", "boi_token_id", "eoi_token_id")
+_PLACEHOLDERS = (
+    "image_token_id",
+    "image_token_index",
+    "video_token_id",
+    "video_token_index",
+    "audio_token_id",
+    "audio_token_index",
+)
 
 
 class DataCollatorForMEAP:
@@ -108,11 +115,11 @@ class DataCollatorForMEAP:
         self.seed, self.epoch, self.training = seed, 0, True
         pad = getattr(tokenizer, "pad_token_id", None)
         self.pad_token_id = 0 if pad is None else pad
-        known = (pad, *(getattr(tokenizer, name, None) for name in _PLACEHOLDERS), *protected_ids)
         special = set(getattr(tokenizer, "all_special_ids", ())) - {mask_token_id}
-        always = {id for id in known if id is not None}
+        always = {*protected_ids, *(() if pad is None else (pad,))}
         self.closing = frozenset(special | set(protected_ids))
         self.protected = frozenset(always | special if self.options.protect_special else always)
+        self.protect_placeholders(tokenizer)
         self.masked: Tensor | int = 0
         self.eligible: Tensor | int = 0
         self.rows_without_labels = 0
@@ -141,6 +148,11 @@ class DataCollatorForMEAP:
     def eval(self) -> None:
         """Leave inputs clean from now on."""
         self.training = False
+
+    def protect_placeholders(self, source: Any) -> None:
+        """Never mask where images, sound and video go, as a model's config or a tokenizer names them."""
+        found = {getattr(source, name, None) for name in _PLACEHOLDERS}
+        self.protected |= {id for id in found if id is not None}
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other masks for the same batches."""

@@ -31,9 +31,9 @@ class MEAPTrainerMixin(_Base):
         self.meap: DataCollatorForMEAP | None = None
         collator = self.data_collator
         if isinstance(collator, DataCollatorForMEAP):
-            check_mask_id(
-                collator.mask_token_id, collator.tokenizer, self.accelerator.unwrap_model(self.model)
-            )
+            model = self.accelerator.unwrap_model(self.model)
+            check_mask_id(collator.mask_token_id, collator.tokenizer, model)
+            collator.protect_placeholders(model.config)
             self.meap = collator
             self.data_collator = collator.clean
 
@@ -116,6 +116,7 @@ class MEAPCallback(TrainerCallback):
                 "collator; take MEAPTrainerMixin"
             )
         check_mask_id(self.collator.mask_token_id, self.collator.tokenizer, kwargs["model"])
+        self.collator.protect_placeholders(kwargs["model"].config)
         self.collator.train()
 
     def on_epoch_begin(

@@ -9,7 +9,7 @@ import pytest
 from weightsmith.registry import card
 
 EVIDENCE = Path(__file__).parents[2] / "evidence"
-every = pytest.mark.parametrize("method", ["adagc", "alphadecay", "lightsam", "sewa"])
+every = pytest.mark.parametrize("method", ["adagc", "alphadecay", "lightsam", "sewa", "tezo"])
 
 
 @every

@@ -292,6 +292,23 @@ def test_copies_of_flattened_rows_are_further_documents_with_the_same_loss(token
     assert together.item() == pytest.approx(alone, rel=1e-5)
 
 
+def test_a_padded_row_by_itself_is_no_row_of_documents(tokenizer):
+    whole = pair(4, 60)
+    padded = {key: [fill] * 3 + whole[key] for key, fill in (("input_ids", PAD), ("labels", -100))}
+    padded |= {"attention_mask": [0] * 3 + whole["attention_mask"], "position_ids": [1] * 3 + list(range(65))}
+    made = DataCollatorForMEAP(default_data_collator, tokenizer, mode="sft")([padded])
+    assert made["input_ids"].shape == (2, 68)
+    assert torch.equal(made["position_ids"][0], made["position_ids"][1])
+
+
+def test_end_tokens_that_pad_too_stay_labels_where_nothing_says_what_they_are(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    ids = [*row(5), EOS, *row(5, 1), EOS]
+    batch = DataCollatorForMEAP(default_data_collator, tokenizer)([{"input_ids": ids}])
+    assert batch["labels"].tolist() == [ids]
+
+
 def test_a_copys_weight_enters_numerator_and_denominator(tokenizer):
     collator = DataCollatorForMEAP(padding(tokenizer), tokenizer, mode="sft", copy_loss_weight=0.5)
     made = collator([pair(4, 60), pair(4, 10)])
@@ -351,6 +368,11 @@ def test_rows_without_labels_are_counted_and_told_once(tokenizer, caplog):
         ({"input_ids": [1, MASK, 3]}, {}, f"mask token {MASK} is in the clean text, 1 times, first in row 0"),
         ({"inputs_embeds": [[0.5]]}, {}, "the batch has only inputs_embeds, expected input_ids"),
         ({"input_ids": [0.5, 1.5]}, {}, "expected integers"),
+        (
+            {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "shift_labels": [2, 3, -100]},
+            {"mode": "sft"},
+            "the batch has shift_labels",
+        ),
         ({"input_ids": [1, 2, 3]}, {"mode": "sft"}, "labels: missing; mode sft tells answers by labels"),
     ],
 )

@@ -174,9 +174,11 @@ def is_flat(batch: dict[str, Any]) -> bool:
     """Whether the batch is one row of documents, told apart by positions or lengths and not by padding."""
     if "cu_seq_lens_q" in batch:
         return True
-    positions = batch.get("position_ids")
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
     if positions is None or batch["labels"].shape[0] != 1:
         return False
+    if isinstance(mask, Tensor) and not mask.bool().all():
+        return False  # positions of padding start anew too
     return bool(document_starts(positions.shape, positions).sum() > 1)
 
 

@@ -199,6 +199,10 @@ class DataCollatorForMEAP:
         step = position[0] if position else None
         seed = _content(ids, derive(self.seed, "meap", *(position or (self.epoch,))))
         if self.options.mode == "sft":
+            if "shift_labels" in batch:
+                raise InputError(
+                    "mode sft makes copies of labels, and the batch has shift_labels beside them"
+                )
             without = int((batch["labels"] == answers.IGNORED).all(1).sum())
             if without:
                 self.rows_without_labels += without
@@ -207,6 +211,8 @@ class DataCollatorForMEAP:
             self._count(hidden, batch["labels"] != answers.IGNORED)
             return answers.with_copies(batch, hidden, self.mask_token_id, self.options, self.pad_token_id)
         options, allowed = self.options, self._visible(batch)
+        if self.protected:
+            allowed = allowed & ~is_any(ids, self.protected)
         if options.seed_cycle is not None:
             if step is None:
                 raise InputError(
@@ -217,8 +223,6 @@ class DataCollatorForMEAP:
             mask &= allowed
             masked = torch.where(mask, self.mask_token_id, ids)
         else:
-            if self.protected:
-                allowed = allowed & ~is_any(ids, self.protected)
             masked, mask = meap_mask_inputs(
                 ids,
                 self.mask_token_id,
@@ -250,7 +254,9 @@ class DataCollatorForMEAP:
         if isinstance(mask, Tensor) and mask.shape == ids.shape:
             return mask.bool()
         pad = getattr(self.tokenizer, "pad_token_id", None)
-        return torch.ones_like(ids, dtype=torch.bool) if pad is None else ids != pad
+        if pad is None or pad == self.tokenizer.eos_token_id:  # an end token may be an end
+            return torch.ones_like(ids, dtype=torch.bool)
+        return ids != pad
 
     def _look_through(self, ids: Tensor) -> None:
         if self._looked_through >= LOOKED_THROUGH:

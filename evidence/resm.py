@@ -40,6 +40,7 @@ from typing import Any
 import torch
 from script import parser_of, publish
 
+import weightsmith
 from weightsmith.alignment import armorm_mixture, heuristic_mixture, hummer_mixture, hummer_weights
 from weightsmith.evaluation import evaluate, load_model, prompts
 from weightsmith.evaluation.likelihood import answers, start_token
@@ -47,12 +48,12 @@ from weightsmith.evaluation.prompts import token_ids
 from weightsmith.merging import merge_state_dicts
 from weightsmith.merging.mediator import Mediator, build_mediator
 from weightsmith.reports.comparison import draw_figures
-from weightsmith.runs.atomic import write_text
+from weightsmith.runs.atomic import read_json, write_json, write_text
 from weightsmith.runs.environment import environment
 from weightsmith.runs.seeds import derive
 from weightsmith.testbed import DOMAINS, SIZES, SKILL_GROUPS, items
 from weightsmith.training import DataSource, FinetuneConfig, finetune
-from weightsmith.training.bed import Bed, bed, configs, finetune_of
+from weightsmith.training.bed import Bed, Mixture, bed, configs, finetune_of
 
 State = dict[str, torch.Tensor]
 Scores = dict[str, float]
@@ -395,10 +396,22 @@ def mediated(bench: Bench, made: Bed, seed: int) -> dict[str, Any]:
 # ---- cases
 
 
-def measure_domains(seed: int, size: str, amount: Amount, **options: Any) -> dict[str, Any]:
+def kept(case: str, made: Bed, amount: Amount, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a case gave before, from beside its bed: a run that was stopped goes on where it was. Any change
+    of this script or of the package measures anew.
+    """
+    digest = hashlib.blake2b(repr(amount).encode(), digest_size=8)
+    for file in (Path(__file__), *sorted(Path(weightsmith.__file__).parent.rglob("*.py"))):
+        digest.update(file.read_bytes())
+    file = made.base.parent / "evidence" / f"resm-{case}-{digest.hexdigest()}.json"
+    if not file.exists():
+        write_json(file, make())
+    return read_json(file)
+
+
+def measure_domains(made: Bed, seed: int, amount: Amount) -> dict[str, Any]:
     """The domain merge and its padded variant."""
-    names = [f"D_{domain}" for domain in DOMAINS]
-    bench = Bench(bed(size, seed, which=names, **options), names, DOMAINS, amount)
+    bench = Bench(made, list(made.finetunes), DOMAINS, amount)
     own = bench.own["test"]
     gains = {domain: 1 - own[f"D_{domain}"][domain] / own["base"][domain] for domain in DOMAINS}
     return {
@@ -409,11 +422,10 @@ def measure_domains(seed: int, size: str, amount: Amount, **options: Any) -> dic
     }
 
 
-def measure_skills(seed: int, size: str, amount: Amount, **options: Any) -> dict[str, Any]:
+def measure_skills(made: Bed, seed: int, amount: Amount) -> dict[str, Any]:
     """The merge of the skill groups."""
-    names = [f"S_{group}" for group in SKILL_GROUPS]
     skills = [skill for members in SKILL_GROUPS.values() for skill in members]
-    bench = Bench(bed(size, seed, which=names, mixture="all", **options), names, skills, amount)
+    bench = Bench(made, list(made.finetunes), skills, amount)
     own = bench.own["test"]
     gains = {
         group: statistics.fmean(own[f"S_{group}"][skill] - own["base"][skill] for skill in members)
@@ -426,14 +438,13 @@ def measure_skills(seed: int, size: str, amount: Amount, **options: Any) -> dict
     }
 
 
-def measure_triple(seed: int, size: str, amount: Amount, **options: Any) -> dict[str, Any]:
+def measure_triple(
+    made: Bed, seed: int, amount: Amount, size: str, steps: Mapping[str, int]
+) -> dict[str, Any]:
     """Helpful, honest, harmless: merged, mixed, mediated."""
-    options = {**options, "finetune_steps": amount.steps}
-    made = bed(size, seed, which=list(TRIPLE.values()), mixture="all", **options)
-    bench = Bench(made, list(TRIPLE.values()), tuple(TRIPLE), amount)
+    bench = Bench(made, list(made.finetunes), tuple(TRIPLE), amount)
     own = bench.own["test"]
     gains = {objective: own[name][objective] - own["base"][objective] for objective, name in TRIPLE.items()}
-    steps = {key: value for key, value in options.items() if key.endswith("_steps")}
     mixer = Mixer(bench, made, size, seed, **steps)
     each = mixer.config.steps
     mixed = {
@@ -457,12 +468,20 @@ def measure_triple(seed: int, size: str, amount: Amount, **options: Any) -> dict
     }
 
 
-def measure(seed: int, size: str, amount: Amount, **options: Any) -> dict[str, Any]:
-    """Everything for one seed."""
+def measure(seed: int, size: str, amount: Amount, cache: str | None = None, **steps: int) -> dict[str, Any]:
+    """Everything for one seed; `steps` as the bed takes them."""
+
+    def made(names: Sequence[str], mixture: Mixture, **own: int) -> Bed:
+        return bed(size, seed, which=names, mixture=mixture, cache=cache, **steps | own)
+
+    domains = made([f"D_{domain}" for domain in DOMAINS], "domains")
+    skills = made([f"S_{group}" for group in SKILL_GROUPS], "all")
+    triple = made(list(TRIPLE.values()), "all", finetune_steps=amount.steps)
+    longer = {**steps, "finetune_steps": amount.steps}
     return {
-        "domains": measure_domains(seed, size, amount, **options),
-        "skills": measure_skills(seed, size, amount, **options),
-        "3H": measure_triple(seed, size, amount, **options),
+        "domains": kept("domains", domains, amount, lambda: measure_domains(domains, seed, amount)),
+        "skills": kept("skills", skills, amount, lambda: measure_skills(skills, seed, amount)),
+        "3H": kept("3H", triple, amount, lambda: measure_triple(triple, seed, amount, size, longer)),
     }
 
 

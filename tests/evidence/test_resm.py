@@ -77,6 +77,22 @@ def test_a_gate_that_fails_shows_nothing(script):
     assert script["judge"](runs)["verdict"] == "not shown"
 
 
+def test_a_case_is_measured_once_for_the_same_bed_and_amount(script, tmp_path):
+    made = script["Bed"](tmp_path / "base", {})
+    calls = []
+
+    def measured():
+        calls.append(1)
+        return {"gain": 0.5}
+
+    quick = script["QUICK"]
+    assert [script["kept"]("domains", made, quick, measured) for _ in range(2)] == [{"gain": 0.5}] * 2
+    assert len(calls) == 1
+    script["kept"]("skills", made, quick, measured)
+    script["kept"]("domains", made, script["Amount"](), measured)
+    assert len(calls) == 3
+
+
 @pytest.mark.slow
 def test_the_evidence_runs(script, tmp_path):
     script["main"](["--quick", "--out", str(tmp_path)])

@@ -25,6 +25,7 @@ from weightsmith.training.meap.durable import MaskedBatches
 from weightsmith.training.parts import StateAverage, zeroth_order
 from weightsmith.training.planning import TrainPlan
 from weightsmith.training.tezo.optimizer import LOZO, MeZO, TeZO
+from weightsmith.training.zero_token.cycles import CycleSchedule
 
 CANDIDATES = "averaging"
 """Folder inside a work folder with what a mean is made of at the end."""
@@ -54,6 +55,8 @@ def part_callbacks(
         found.append(KeepStates(planned, network, states))
     elif config.average is not None:
         found.append(_averaging(config.average, planned.seed, workdir, held_out))
+    if planned.model_config.get("training_cycles", "all") != "all":
+        found.append(CycleSchedule(network, planned.seed))
     if config.objective is not None:
         # Last: a mean is loaded into the model before an added token goes.
         tokenizer = load_tokenizer(planned.model or workdir / "start")

@@ -10,6 +10,7 @@ from weightsmith.errors import InputError
 from weightsmith.training import parts
 from weightsmith.training.meap.options import MEAPOptions
 from weightsmith.training.sources import DataSource
+from weightsmith.training.zero_token.options import ZTTOptions
 
 Data = str | DataSource | tuple[str | DataSource, ...] | list[str | DataSource]
 
@@ -19,6 +20,7 @@ class TrainConfig:
     """How a model is trained from random weights, by next-token prediction."""
 
     objective: ClassVar[parts.Objective] = None
+    architecture: ClassVar[ZTTOptions | None] = None
 
     data: Data
     """What to train on: one source or a list of them, mixed evenly unless they carry a `weight`."""

@@ -22,6 +22,7 @@ from weightsmith.training.config import TrainConfig
 from weightsmith.training.lightsam.options import LightSAMOptions
 from weightsmith.training.parts import StateAverage, kept_steps, zeroth_order
 from weightsmith.training.tezo.options import LOZOOptions, TeZOOptions, ZerothOrderOptions
+from weightsmith.training.zero_token.options import repeated_parameters
 
 PROCESS_BYTES = 560_000_000  # a Python that has imported torch and transformers.Trainer
 GPU_FLOPS = 5e13  # assumed of any GPU: a forecast to the order of magnitude
@@ -99,7 +100,8 @@ def predict(
     rate = GPU_FLOPS if config.device != "cpu" and os.path.exists("/dev/nvidia0") else matmul_flops()
     rate *= max(1, config.threads or 1)
     # Products are over half of a step on small models; the rest is memory traffic and calls.
-    one_pass = 1.7 * 6.0 * tokens * (parameters + layers * length * width) / rate
+    read = parameters + repeated_parameters(model_config, {spec.name: spec.numel for spec in specs})
+    one_pass = 1.7 * 6.0 * tokens * (read + layers * length * width) / rate
     passes = config.steps * config.gradient_accumulation * (1 if config.sharpness is None else 2)
     seconds = one_pass * passes + 4.0
     kind = "sam" if config.sharpness is not None else None

@@ -26,6 +26,7 @@ from weightsmith.evaluation.models import (
     first_line,
     intra_op_threads,
     load_tokenizer,
+    register_architecture,
     without_bars,
 )
 from weightsmith.runs.atomic import read_json, read_lines, sync_folder, system_faults, write_bytes, write_json
@@ -277,6 +278,7 @@ def _network(planned: TrainPlan, folder: Path) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    register_architecture(planned.model_config)
     try:
         if planned.from_weights:
             network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -30,6 +30,7 @@ from weightsmith.training.data import sources
 from weightsmith.training.lightsam.options import DEFAULTS, LightSAMOptions
 from weightsmith.training.meap.files import check_tokenizer_files
 from weightsmith.training.sources import DataSource
+from weightsmith.training.zero_token.options import MODEL_TYPE, config_of, shapes_of
 
 TESTBED = "testbed/"
 # Keys that say how a run is carried out, not what it computes.
@@ -44,7 +45,7 @@ class TrainPlan:
         config: The config with every default that depends on the model filled in.
         seed: The run's seed.
         from_weights: Whether it starts from the model's weights or from random ones.
-        model: Folder it starts from; None for a model of the test-bed, whose files are in `side_files`.
+        model: Folder it starts from; None where its files are made here and lie in `side_files`.
         model_config: Content of its `config.json`.
         specs: Every tensor of the checkpoint to come.
         side_files: Every other file of it, by name.
@@ -116,6 +117,10 @@ def plan(config: TrainConfig, model: str | Path, *, seed: int) -> TrainPlan:
         model_config = read_object(folder / "config.json")
         files = dict(side_files(folder))
         specs = _initial_specs(model_config, folder)
+    if config.architecture is not None:
+        model_config = config_of(model_config, config.architecture, converting=False)
+        files["config.json"] = (json.dumps(model_config, indent=2, sort_keys=True) + "\n").encode()
+        folder, specs = None, _initial_specs(model_config, None)
     if config.objective is not None:
         check_tokenizer_files(files, config.objective, str(model))
     resolved = _resolved(config, model_config, sum(spec.numel for spec in specs), parent, str(model))
@@ -261,6 +266,8 @@ def _initial_specs(config: Mapping[str, Any], folder: Path | None) -> tuple[Tens
     dtype = parse_dtype(config.get("dtype") or config.get("torch_dtype") or "float32")
     if config.get("model_type") == "llama":
         shapes: Mapping[str, tuple[int, ...]] = parameter_shapes(config)
+    elif config.get("model_type") == MODEL_TYPE:
+        shapes = shapes_of(config)
     else:
         shapes = _shapes_of_any_model(folder)
     return tuple(TensorSpec(name, dtype, shape) for name, shape in sorted(shapes.items()))

@@ -11,6 +11,7 @@ from typing import Any
 KINDS: dict[str, str] = {
     "train": "weightsmith.recipes.stages.train:Train",
     "finetune": "weightsmith.recipes.stages.finetune:Finetune",
+    "convert": "weightsmith.recipes.stages.convert:Convert",
     "merge": "weightsmith.recipes.stages.merge:Merge",
     "mediate": "weightsmith.recipes.stages.mediate:Mediate",
     "average": "weightsmith.recipes.stages.average:Average",

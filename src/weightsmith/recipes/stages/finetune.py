@@ -33,6 +33,7 @@ class Finetune(TrainingStage, FinetuneConfig):
 
     kind: ClassVar[str] = "finetune"
     needs_weights: ClassVar[bool] = True
+    settled: ClassVar[tuple[str, ...]] = ("architecture",)
 
     def start(self, *args: Any, **kwargs: Any) -> None:
         """Train."""

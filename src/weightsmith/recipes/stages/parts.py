@@ -1,5 +1,5 @@
 """How a page writes the parts of a training: `optimizer`, `clip`, `decay`, `sharpness`, `average`,
-`objective`; and how to average.
+`objective`, `architecture`; and how to average.
 
     optimizer: adamw | {tezo: {variant: adam, rank: 64}} | {mezo: {...}} | {lozo: {...}}
     clip: off | {global: 1.0} | {adagc: {init: ema}}
@@ -7,6 +7,7 @@
     sharpness: off | sam | {asam: {rho: 0.3}} | {lightsam: {variant: adagrad}}
     average: off | {keep: {every: 20}} | {sewa: {num_select: 5, held_out: more.txt}} | ema | lawa | ...
     objective: ntp | meap | {meap: {mask_ratio: 0.1}}
+    architecture: plain | bc | htc | {ztt: {num_cycles: 3}}
 
 A part is its name, or a mapping of its name to its options; the options are the fields of the part's own
 dataclass.
@@ -20,8 +21,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from weightsmith.errors import nearest
-from weightsmith.recipes.stages.contract import Problem
+from weightsmith.errors import InputError, nearest
+from weightsmith.recipes.stages.contract import Problem, plain
 from weightsmith.recipes.validation import validate
 from weightsmith.training import DataSource
 from weightsmith.training.adagc.options import AdaGCOptions
@@ -31,6 +32,7 @@ from weightsmith.training.lightsam.options import LightSAMOptions, SAMOptions
 from weightsmith.training.meap.options import MEAPOptions
 from weightsmith.training.parts import StateAverage
 from weightsmith.training.tezo.options import KINDS, without_effect
+from weightsmith.training.zero_token.options import MANY_LAYERS, PRESETS, ZTTOptions, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,10 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "sharpness": ("off", "sam", "asam", "lightsam"),
     "average": ("off", "keep", *METHODS),
     "objective": ("ntp", "meap"),
+    "architecture": ("plain", *PRESETS),
 }
+# Names that mean nothing is switched on.
+_USUAL = (("decay", "uniform"), ("objective", "ntp"), ("optimizer", "adamw"), ("architecture", "plain"))
 _SEWA = tuple(field.name for field in dataclasses.fields(SeWAOptions) if field.name != "seed")
 
 
@@ -85,7 +90,7 @@ def _part(key: str, value: Any) -> tuple[Any, list[Problem]]:
     name, options, problems = choice(key, value, NAMES[key])
     if problems:
         return None, problems
-    if name == "off" or (key, name) in (("decay", "uniform"), ("objective", "ntp"), ("optimizer", "adamw")):
+    if name == "off" or (key, name) in _USUAL:
         if options:
             return None, [Problem((key, name), "takes no options")]
         return (0.0 if key == "clip" else None), []
@@ -177,6 +182,17 @@ def _zeroth_order(kind: str, body: Mapping[str, Any]) -> tuple[Any, list[Problem
     return (None if problems else made), problems
 
 
+def _cycled(name: str, body: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
+    options, problems = validate(ZTTOptions, {**PRESETS[name], **body})
+    if options is not None:
+        try:
+            check({**plain(options), "cycle_gate": options.cycle_gate or "off"}, MANY_LAYERS)
+        except InputError as wrong:
+            key, _, text = str(wrong).partition(": ")
+            return None, [Problem((key,), text)]
+    return options, problems
+
+
 _READERS: Mapping[str, Any] = {
     **{kind: partial(_zeroth_order, kind) for kind in KINDS},
     "adagc": lambda body: validate(AdaGCOptions, body),
@@ -185,6 +201,7 @@ _READERS: Mapping[str, Any] = {
     "meap": lambda body: validate(MEAPOptions, body),
     "sam": lambda body: _sam(body, adaptive=False),
     "asam": lambda body: _sam(body, adaptive=True),
+    **{name: partial(_cycled, name) for name in PRESETS},
 }
 
 

@@ -12,6 +12,7 @@ from weightsmith.recipes.stages.parts import PageData
 from weightsmith.recipes.stages.training import TrainingStage
 from weightsmith.training import TrainConfig
 from weightsmith.training.parts import Objective
+from weightsmith.training.zero_token.options import ZTTOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,9 @@ class Train(TrainingStage, TrainConfig):
     """What to train on: test-bed tasks, files, hub data sets."""
     replay_data: PageData | None = None
     """What to replay where `replay` is set."""
+    architecture: ZTTOptions | None = None  # pyrefly: ignore[bad-override]
+    """What is made of the model's architecture: nothing (`plain`), cycles (`bc`, `htc`), or cycles with zero
+    tokens (`ztt`)."""
     objective: Objective = None  # pyrefly: ignore[bad-override]
     """What the model reads: clean text (`ntp`), or text with a part of it masked (`meap`)."""
 

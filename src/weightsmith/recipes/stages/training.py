@@ -33,11 +33,13 @@ class TrainingStage:
     makes_model: ClassVar[bool] = True
     needs_torch: ClassVar[bool] = True
     needs_transformers: ClassVar[bool] = True
+    settled: ClassVar[tuple[str, ...]] = ()
+    """Keys of other training stages that this one has no choice in."""
 
     @classmethod
     def parse(cls, body: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
         """The stage from its keys on the page, or every problem found."""
-        values, problems = read_parts(body)
+        values, problems = read_parts({key: value for key, value in body.items() if key not in cls.settled})
         if "max_grad_norm" in body:  # what the Trainer calls it
             return None, [*problems, Problem(("max_grad_norm",), "no such key; write `clip: {global: 1.0}`")]
         config, more = validate(cls, {key: value for key, value in body.items() if key not in values})

@@ -31,6 +31,8 @@ KEYS = "model.zero_token.bias_k"
 SCORES = "model.zero_token.bias_z"
 CYCLES = "model.cycle_gate.bias"
 KEY_STD = 0.02
+MANY_LAYERS = 1_000_000
+"""Stands for a model whose layers are not known yet."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,299 @@
+"""Checkpoints made into models with cycles, thresholds from held-out data, cycles of training steps."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+from weightsmith.checkpoints import Checkpoint, trace
+from weightsmith.errors import CheckpointError, InputError
+from weightsmith.training import (
+    CycleSchedule,
+    ZTTConfig,
+    ZTTForCausalLM,
+    ZTTOptions,
+    calibrate_exit,
+    convert,
+    convert_to_ztt,
+)
+from weightsmith.training.zero_token.cycles import cycles_of_step
+from weightsmith.training.zero_token.options import KEYS, SCORES, cache_slots, shapes_of
+
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BASES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "llama with biases, tied": lambda: LlamaForCausalLM(
+        LlamaConfig(**SMALL, attention_bias=True, tie_word_embeddings=True)
+    ),
+    "mistral with a window": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=3, head_dim=8)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
+    "qwen2 with windows": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=3, max_window_layers=2)
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8)),
+}
+
+
+def base_of(kind):
+    torch.manual_seed(0)
+    made = BASES[kind]().eval()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if name.endswith("bias") or "norm" in name:  # values that a slip would show
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return made
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def write_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("kind", BASES)
+@torch.no_grad()
+def test_a_converted_checkpoint_begins_as_its_base(kind, tmp_path, ids):
+    base = base_of(kind)
+    base.save_pretrained(tmp_path / "base")
+    convert(tmp_path / "base", tmp_path / "same", ZTTOptions(num_cycles=2, zero_token=False))
+    same = AutoModelForCausalLM.from_pretrained(tmp_path / "same")
+    assert isinstance(same, ZTTForCausalLM)
+    torch.testing.assert_close(same(ids).logits, base(ids).logits, rtol=1e-4, atol=1e-5)
+    convert(tmp_path / "base", tmp_path / "near", ZTTOptions(num_cycles=3))
+    near = AutoModelForCausalLM.from_pretrained(tmp_path / "near")
+    difference = (near(ids).logits - base(ids).logits).norm() / base(ids).logits.norm()
+    assert 0 < difference < 2e-2  # nine tokens, and weights far larger than trained ones
+    text = [each.generate(ids, max_new_tokens=4, do_sample=False) for each in (same, base)]
+    assert torch.equal(*text)
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_in_memory_and_on_disk_are_the_same(kind, tmp_path):
+    base = base_of(kind).bfloat16()
+    base.save_pretrained(tmp_path / "base")
+    options = ZTTOptions(num_cycles=3, zero_token_scope="layer")
+    convert(tmp_path / "base", tmp_path / "out", options, seed=4)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    made = convert_to_ztt(base, options, seed=4)
+    state = made.state_dict()
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+    assert written.state_dict().keys() == state.keys()
+    for name, tensor in written.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    for key in ("num_hidden_layers", "num_physical_layers", "layer_types", "attention_bias", "qk_norm"):
+        assert getattr(written.config, key) == getattr(made.config, key)
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_shapes_are_known_without_the_model(kind):
+    made = convert_to_ztt(base_of(kind), ZTTOptions(num_cycles=2))
+    values = made.config.to_dict()
+    tied = set(made.all_tied_weights_keys) if values["tie_word_embeddings"] else set()
+    stored = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items() if name not in tied}
+    assert shapes_of(values) == stored
+    assert cache_slots(values) == made.config.num_hidden_layers == 6
+
+
+def test_the_output_says_where_it_comes_from_and_holds_the_bases_bytes(tmp_path):
+    base_of("llama").save_pretrained(tmp_path / "base")
+    out = convert(tmp_path / "base", tmp_path / "out", ZTTOptions(num_cycles=2), seed=1)
+    assert {file.name for file in out.iterdir()} >= {
+        "config.json",
+        "generation_config.json",
+        "weightsmith.json",
+    }
+    with Checkpoint.open(tmp_path / "base") as before, Checkpoint.open(out) as after:
+        for name in before.tensors:
+            assert np.array_equal(before.read_raw(name), after.read_raw(name))
+        assert after.lineage.method == "ztt"
+        assert (after.read(SCORES) == -6).all()
+        assert 0.01 < after.read(KEYS).std() < 0.03
+    assert trace(out)
+    again = convert(tmp_path / "base", tmp_path / "again", ZTTOptions(num_cycles=2), seed=1)
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_what_can_not_be_cycled_is_named(tmp_path):
+    sizes = {key: value for key, value in SMALL.items() if "token" not in key}
+    Phi3ForCausalLM(Phi3Config(**sizes, pad_token_id=0)).save_pretrained(tmp_path / "phi")
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=3, vocab_size=9))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    for folder, message in (("phi", "phi3 can't be cycled.*qkv_proj.*k_proj"), ("gpt2", "gpt2 .*c_attn")):
+        with pytest.raises(CheckpointError, match=message):
+            convert(tmp_path / folder, tmp_path / "out")
+    with pytest.raises(InputError, match="model_type: gpt2 can't be cycled"):
+        convert_to_ztt(gpt2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_and_files_that_do_not_fit_are_named_before_anything_is_written(tmp_path):
+    base_of("llama").save_pretrained(tmp_path / "base")
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="5 of 4 layers leave no middle"):
+        convert(tmp_path / "base", out, ZTTOptions(num_head_layers=3, num_tail_layers=2))
+    convert(tmp_path / "base", tmp_path / "ztt")
+    with pytest.raises(InputError, match="ztt already; `resize_cycles`"):
+        convert(tmp_path / "ztt", out)
+    write_config(tmp_path / "base", num_hidden_layers=5)
+    with pytest.raises(CheckpointError, match=r"no tensor model\.layers\.4\."):
+        convert(tmp_path / "base", out)
+    write_config(tmp_path / "base", num_hidden_layers=3)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.3\.\S+ has no place"):
+        convert(tmp_path / "base", out)
+    write_config(tmp_path / "base", num_hidden_layers=4, intermediate_size=40)
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight is \(32, 48\), its config.json"):
+        convert(tmp_path / "base", out)
+    assert not out.exists()
+
+
+# --- calibration ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A model that has learnt to count, and batches to measure it on."""
+    torch.manual_seed(0)
+    config = ZTTConfig(**{**SMALL, "initializer_range": 0.05}, num_cycles=3, exit_level="token")
+    model = ZTTForCausalLM(config)
+    rows = torch.stack([3 + (start + torch.arange(16)) % 37 for start in range(37)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        loss = model(rows, labels=rows).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    mask = torch.ones_like(rows[:4])
+    mask[0, 10:] = 0
+    return model.eval(), [{"input_ids": rows[:4], "attention_mask": mask}, {"input_ids": rows[4:8]}]
+
+
+@pytest.mark.parametrize("criterion", ["zero_attention", "latent_diff", "entropy", "kl"])
+def test_the_threshold_is_the_cheapest_within_the_loss_allowed(trained, criterion):
+    model, batches = trained
+    model.config.exit_criterion, model.config.exit_threshold = criterion, None
+    found = calibrate_exit(model, batches, max_loss_increase=0.05, points=6)
+    full, *others = found.curve
+    assert (full.threshold, full.cycles) == (None, 3)
+    assert others == sorted(others, key=lambda point: point.threshold)
+    allowed = [point for point in found.curve if point.loss <= 1.05 * full.loss]
+    assert found.chosen.cycles == min(point.cycles for point in allowed)
+    assert model.config.exit_threshold == found.chosen.threshold
+    assert [point["loss"] for point in model.config.exit_curve] == [point.loss for point in found.curve]
+    cycles = sorted(others, key=lambda point: point.threshold, reverse=criterion != "zero_attention")
+    assert all(a.cycles <= b.cycles + 0.05 for a, b in itertools.pairwise(cycles))
+    assert found.spread > 0
+
+
+def test_a_calibrated_threshold_is_saved_and_heeded(trained, tmp_path):
+    model, batches = trained
+    model.config.exit_criterion = "zero_attention"
+    calibrate_exit(model, batches, max_loss_increase=10.0, points=3)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.exit_threshold == model.config.exit_threshold
+    ids = batches[1]["input_ids"]
+    used = again(ids).num_cycles_used
+    assert used.float().mean() < 3
+    assert torch.equal(used, again(ids, exit_threshold=model.config.exit_threshold).num_cycles_used)
+
+
+def test_calibration_says_what_it_lacks(trained):
+    model, batches = trained
+    for given, options, message in (
+        ([], {}, "batches: expected held-out data"),
+        (batches, {"max_loss_increase": -1.0}, "max_loss_increase: expected at least 0"),
+        (batches, {"points": 0}, "points: expected at least 1"),
+        ([{"input_ids": batches[1]["input_ids"][:, :1]}], {}, "no token to predict"),
+    ):
+        with pytest.raises(InputError, match=message):
+            calibrate_exit(model, given, **options)
+    with pytest.raises(InputError, match="min_cycles: 1 of 1 cycles leave none to skip"):
+        calibrate_exit(ZTTForCausalLM(ZTTConfig(**SMALL, num_cycles=1)), batches)
+
+
+# --- training -------------------------------------------------------------------------------------------
+
+
+def test_cycles_grow_over_the_first_fifth_and_are_drawn_alike_everywhere():
+    grown = [cycles_of_step("grow", step, 100, 4, 0) for step in range(100)]
+    assert grown == [1] * 5 + [2] * 5 + [3] * 5 + [4] * 85
+    drawn = [cycles_of_step("sample", step, 100, 3, seed=7) for step in range(300)]
+    assert drawn == [cycles_of_step("sample", step, 100, 3, seed=7) for step in range(300)]
+    assert all(70 < drawn.count(number) < 130 for number in (1, 2, 3))
+    assert cycles_of_step("all", 0, 10, 3, 0) == 3
+
+
+def test_the_trainer_trains_it_keeps_zero_tokens_from_decay_and_draws_cycles(tmp_path):
+    torch.manual_seed(0)
+    model = ZTTForCausalLM(
+        ZTTConfig(**SMALL, num_cycles=3, cycle_gate="zero_init", training_cycles="sample", use_cache=False)
+    )
+    seen = []
+    model.model.register_forward_pre_hook(lambda module, inputs: seen.append(module.cycles_now))
+    rows = [{"input_ids": torch.arange(12) + 3, "labels": torch.arange(12) + 3} for _ in range(16)]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=8,
+        per_device_train_batch_size=2,
+        weight_decay=0.5,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        activation_checkpointing=True,
+        use_cpu=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[CycleSchedule(model, seed=1)])
+    trainer.train()
+    assert seen == [cycles_of_step("sample", step, 8, 3, 1) for step in range(8)]
+    assert model.model.cycles_now is None
+    decayed = trainer.get_decay_parameter_names(model)
+    plain = [name for name, _ in model.named_parameters() if name not in decayed]
+    assert {"model.zero_token.bias_k", "model.zero_token.bias_z", "model.cycle_gate.bias"} <= set(plain)
+    with pytest.raises(InputError, match="LlamaForCausalLM has no cycles"):
+        CycleSchedule(LlamaForCausalLM(LlamaConfig(**SMALL)))
+
+
+def test_lora_adapts_shared_layers_in_every_cycle(ids):
+    from peft import LoraConfig, get_peft_model
+
+    model = convert_to_ztt(base_of("llama"), ZTTOptions(num_cycles=2, cycle_gate="off"))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    gradients = [p.grad for n, p in adapted.named_parameters() if "layers.1" in n and "lora_B" in n]
+    assert len(gradients) == 2
+    assert all(gradient.abs().max() > 0 for gradient in gradients)

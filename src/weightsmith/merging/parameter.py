@@ -10,6 +10,8 @@ plain values: every `PerModel` field is then a tuple with one number a model. A 
     survey_all(parameters, ...)  the same over all parameters at once, where `global_survey` is true
     merge_tile(tile, stats)      the merged fp32 elements of one tile
     survey_bytes(parameters, threads)   optional: memory surveys take beyond tiles, for predictions
+    plain_sum()                  optional: weights and divisor, where the merged elements are that sum of the
+                                 models and nothing else; models stored as bfloat16 are then never widened
     takes(parameter)             spectral methods: true for the matrices that take the whole-matrix route
     merge_whole(...)             spectral methods: the merged matrix and a dict for the report
     per_task, task               class attribute, option: the output is for the task of one model, 1 .. T; a
@@ -31,6 +33,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 
 from weightsmith.errors import CheckpointError
+from weightsmith.tensors import bfloat16_sums
 from weightsmith.tensors.floats import to_float32
 
 PerModel = float | tuple[float, ...]
@@ -47,8 +50,6 @@ GRAIN_ELEMENTS = 4096
 # neighbours are alike.
 SAMPLED_RUN = 32_768
 _SAMPLED_STEP = 8
-# Stored bits of bfloat16's infinity; those of NaN are larger.
-_INFINITE_BITS = 0x7F80
 
 
 class Scratch:
@@ -189,10 +190,12 @@ class Parameter:
         """Elements of one row: the last axis of a matrix or stack, the whole of a vector."""
         return max(1, self.shape[-1] if len(self.shape) >= 2 else self.numel)
 
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """The [start, stop) of each tile: whole rows, or multiples of `GRAIN_ELEMENTS` of a vector."""
+    def spans(self, tiles: int = 1) -> Iterator[tuple[int, int]]:
+        """The [start, stop) of each tile, or of as many together: whole rows, or multiples of
+        `GRAIN_ELEMENTS` of a vector.
+        """
         grain = self.row if len(self.shape) >= 2 else GRAIN_ELEMENTS
-        step = max(1, self._tile_elements // grain) * grain
+        step = max(1, tiles * self._tile_elements // grain) * grain
         for start in range(0, self.numel, step):
             yield start, min(start + step, self.numel)
 
@@ -212,6 +215,31 @@ class Parameter:
     def tile(self, start: int, stop: int) -> Tile:
         """The elements [start, stop) of base and models."""
         return self._as_tile(start, self._read(start, stop))
+
+    def sum_of_bits(
+        self, start: int, stop: int, weights: Sequence[float], divisor: float
+    ) -> np.ndarray | None:
+        """The weighted sum of models that are stored as bfloat16, rounded to that: uint16 (n,).
+
+        Returns:
+            None where models are stored otherwise, or the sum is not finite: their tile tells more.
+        """
+        if not self._bits_readers or self.has_base:
+            return None
+        numel = stop - start
+        even = numel + numel % 2
+        row = self.scratch.get("bits of a source", even, np.uint16)
+        out = self.scratch.get("bits of a sum", even, np.uint16)
+        row[numel:] = 0
+
+        def rows() -> Iterator[np.ndarray]:
+            for reader in self._bits_readers:
+                reader(start, stop, row[:numel].view(np.uint8))
+                yield row
+
+        with np.errstate(over="ignore", invalid="ignore"):
+            finite = bfloat16_sums.weighted_sum_bfloat16(rows(), weights, divisor, out, self.scratch.get)
+        return out[:numel] if finite else None
 
     def sample(self, numel: int) -> Tile:
         """About `numel` elements, evenly spread, in fresh memory; all of them if there are no more."""
@@ -247,7 +275,7 @@ class Parameter:
         for row, reader in zip(bits.view(np.uint8), self._bits_readers, strict=True):
             reader(start, stop, row)
         to_float32(bits, "BF16", values)
-        if not (self._known_finite or bits.size == 0 or _all_finite_bits(bits)):
+        if not (self._known_finite or bfloat16_sums.all_finite(bits)):
             for row, (_, label) in zip(values, self._sources(), strict=True):
                 self._check_finite(row, label, start)
         return values
@@ -288,11 +316,6 @@ class Parameter:
 def _all_finite(values: np.ndarray) -> bool:
     # Largest and smallest carry NaN along and cost a quarter of isfinite().all().
     return bool(values.max() < np.inf and values.min() > -np.inf)
-
-
-def _all_finite_bits(bits: np.ndarray) -> bool:
-    # Read as signed, positive numbers keep their order; unsigned, negative ones are the largest.
-    return bool(bits.view(np.int16).max() < _INFINITE_BITS and bits.max() < _INFINITE_BITS + 0x8000)
 
 
 class MergeMethod(Protocol):

@@ -42,10 +42,14 @@ class Linear:
         if self.normalize and isinstance(self.weight, tuple) and sum(self.weight) == 0:
             raise OptionError("weight", f"weights {list(self.weight)} sum to 0; set `normalize: false`")
 
+    def plain_sum(self) -> tuple[tuple[float, ...], float]:
+        """Weights, and what their sum is divided by."""
+        assert isinstance(self.weight, tuple)
+        return self.weight, sum(self.weight) if self.normalize else 1.0
+
     def survey(self, parameter: Parameter) -> None:
         """Nothing to know beforehand."""
 
     def merge_tile(self, tile: Tile, stats: None) -> np.ndarray:
         """The weighted mean, fp32 (n,)."""
-        assert isinstance(self.weight, tuple)
-        return weighted_sum(tile.models, self.weight, sum(self.weight) if self.normalize else 1.0)
+        return weighted_sum(tile.models, *self.plain_sum())

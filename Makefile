@@ -52,6 +52,7 @@ bench: setup peers
 	@$(BIN)/python benchmarks/spectral.py
 	@$(BIN)/python benchmarks/training_parts.py
 	@$(BIN)/python benchmarks/averaging.py
+	@$(BIN)/python benchmarks/tezo.py
 	@$(BIN)/python benchmarks/meap.py
 
 clean:

@@ -1,11 +1,11 @@
 """Peak memory of every merge method on a Llama-shaped model of 3 B parameters, against our limits.
 
-    python benchmarks/merge_memory.py [--size 3B | 3B-layer | small] [--methods all] [--folder DIR] [--keep-inputs]
-                                      [--out benchmarks/results/merge_memory.json]
+    python benchmarks/merge_memory.py [--size 3B | 3B-layer | small] [--methods all] [--folder DIR]
+                                      [--keep-inputs] [--out benchmarks/results/merge_memory.json]
 
 Makes a base and two fine-tunes in bfloat16: one block of random numbers, repeated through all tensors at a
 length that no row divides, so that making them costs what writing does and matrices still have full rank.
-`3B-layer` is one layer of it: matrices of the same sizes, and so the peak of spectral methods in minutes. Each
+`3B-layer` is one layer of it: matrices of the same sizes, and so the peak of spectral methods sooner. Each
 method then merges them as a whole command. Three numbers are kept: `ru_maxrss` of the command itself,
 what the command reports with its worker processes, and the largest sum of proportional set sizes of all its
 processes that a look every tenth of a second found. The limit holds for the largest of them: 0.3 GB for

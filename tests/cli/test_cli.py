@@ -122,6 +122,7 @@ def test_average_is_the_linear_merge(models, tmp_path):
         (("report", "./nowhere"), "nowhere"),
         (("average", "a", "out"), "two states"),
         (("merge", "merge.yml", "out", "--threads", "0"), "--threads"),
+        (("merge", "merge.yml", "out", "--method", "all", "--ray", "auto"), "--ray: is for one merge"),
         (("merge", "merge.yml", "out", "--method", "liner"), "did you mean `linear`?"),
         (("merge", "merge.yml", "out", "--evaluate", "docs"), "--evaluate: is for comparisons"),
         (("merge", "merge.yml", "out", "--keep", "best", "--method", "all"), "`best` needs tasks"),

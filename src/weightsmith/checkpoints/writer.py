@@ -49,6 +49,23 @@ Receipt = tuple[list[tuple[int, int]], fingerprints.Checksum, int]
 """Of one tensor: the elements written, their checksum, their bytes."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    """A checkpoint in the making, as others know it.
+
+    Attributes:
+        out: The folder to make.
+        part: The folder that its files are in until then.
+        specs: Its tensors, in order.
+        max_shard_bytes: Largest size of a shard's tensor data.
+    """
+
+    out: Path
+    part: Path
+    specs: tuple[TensorSpec, ...]
+    max_shard_bytes: int
+
+
 class _Scratch(threading.local):
     """One block of cast elements per thread."""
 
@@ -59,73 +76,18 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-class CheckpointWriter:
-    """Write the folder `out`; a context manager that deletes what it wrote unless `commit` was reached.
-
-    Args:
-        out: The folder to make; its parents are made too.
-        specs: The tensors, in the order in which shards are to be filled.
-        side_files: Name inside the folder -> a file to copy, or its content.
-        lineage: What `weightsmith.json` is to say; its `content` is filled in.
-        max_shard_bytes: Largest size of a shard's tensor data.
-        overwrite: Replace `out` when it exists and is a checkpoint.
-        parts: Further files of tensors, by name (`weightsmith/...safetensors`): beside the weights, where no
-            loader takes them for weights. Their tensors are written as all others; their names must differ.
+class TensorFiles:
+    """Tensors that have their places in open files: takes them whole or in pieces, from any thread.
 
     Attributes:
-        out: The folder to make.
-        layout: Where everything goes.
-        planned_bytes: Exact size of all files of the finished folder.
-
-    Raises:
-        CheckpointError: `out` exists; a side file's name is not free or a side file is missing.
-        InputError: the specs can't be laid out.
-        SystemFault: not enough free disk, or the folder can't be made.
-
-    Example:
-        >>> specs = [TensorSpec("w", "BF16", (2, 2))]
-        >>> with CheckpointWriter(out, specs, side_files={}, lineage=Lineage("example")) as writer:
-        ...     writer.write("w", np.ones(4, np.float32))
-        ...     writer.commit().name
-        'out'
+        out: What to call the checkpoint in messages.
     """
 
-    def __init__(
-        self,
-        out: str | Path,
-        specs: Sequence[TensorSpec],
-        *,
-        side_files: Mapping[str, Path | bytes],
-        lineage: Lineage,
-        max_shard_bytes: int = MAX_SHARD_BYTES,
-        overwrite: bool = False,
-        parts: Mapping[str, Sequence[TensorSpec]] | None = None,
-    ) -> None:
-        self.out = Path(out)
-        self.layout = plan_layout(specs, max_shard_bytes)
-        self._parts = _plan_parts(parts or {}, self.layout.specs)
-        self._side_files = dict(side_files)
-        self._lineage = dataclasses.replace(lineage, content=_PLACEHOLDER)
-        self._config = _check_side_files(self._side_files)
-        self.planned_bytes = (
-            self.layout.total_bytes
-            + sum(shard.size for shard, _ in self._parts)
-            + sum(
-                len(item) if isinstance(item, bytes) else item.stat().st_size
-                for item in self._side_files.values()
-            )
-            + len(self._lineage.to_bytes())
-        )
+    out: Path
+
+    def __init__(self) -> None:
         self._descriptors: list[int] = []
         self._tensors: dict[str, _Target] = {}
-        self._staging = Staging(self.out, overwrite=overwrite)
-        try:
-            self._check_space()
-            with system_faults(self.out):
-                self._create_shards()
-        except BaseException:
-            self.abort()
-            raise
 
     def write(self, name: str, values: np.ndarray, start: int = 0) -> None:
         """Cast and write elements [start, start + values.size) of tensor `name`.
@@ -172,14 +134,157 @@ class CheckpointWriter:
         self._put(target, raw, start * bits // 8)
 
     def receipt(self, name: str) -> Receipt:
-        """What is known of tensor `name`, for `receive` in the process that this one was forked from."""
+        """What is known of tensor `name`, for `receive` elsewhere."""
         target = self._tensors[name]
         return target.written, target.checksum, target.arrived
 
     def receive(self, name: str, receipt: Receipt) -> None:
-        """Take note of a tensor that a forked copy of this writer has written, whole or in part."""
+        """Take note of a tensor written elsewhere, whole or in part: by a forked copy of this writer,
+        or through `joint`.
+        """
         target = self._tensors[name]
         target.written, target.checksum, target.arrived = receipt
+
+    def _add(self, descriptor: int, shard: Shard, specs: Mapping[str, TensorSpec]) -> None:
+        """Take an open file and the tensors in it."""
+        self._descriptors.append(descriptor)
+        for name, offset in shard.offsets.items():
+            self._tensors[name] = _Target(specs[name], descriptor, offset)
+
+    def _claim(self, target: _Target, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= target.spec.numel:
+            raise ValueError(f"{target.spec.name}: elements [{start}, {stop}) of {target.spec.numel}")
+        with target.lock:
+            target.claim(start, stop)
+
+    def _put(self, target: _Target, raw: np.ndarray, offset: int) -> None:
+        part = fingerprints.checksum(raw, offset)
+        try:
+            _pwrite(target.descriptor, raw.data, target.offset + offset)
+        except OSError as fault:
+            raise SystemFault(f"{self.out}: writing tensor `{target.spec.name}`: {fault.strerror}") from fault
+        with target.lock:
+            target.checksum = fingerprints.add(target.checksum, part)
+            target.arrived += raw.size
+            whole = target.arrived == target.spec.nbytes
+        if whole and target.arrived >= _EARLY_BYTES:
+            _start_flush(target)
+
+    def _close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+
+class JoinedFiles(TensorFiles):
+    """Writes tensors of a checkpoint that a `CheckpointWriter` elsewhere has laid out on a shared disk.
+
+    A context manager; the files are flushed when it ends, and receipts then go to that writer.
+
+    Args:
+        joint: What `CheckpointWriter.joint` gave.
+
+    Raises:
+        SystemFault: the files are not there.
+    """
+
+    def __init__(self, joint: Joint) -> None:
+        super().__init__()
+        self.out = joint.out
+        try:
+            for shard in plan_layout(joint.specs, joint.max_shard_bytes).shards:
+                with system_faults(joint.part):
+                    descriptor = os.open(joint.part / shard.file, os.O_RDWR | os.O_CLOEXEC)
+                self._add(descriptor, shard, {spec.name: spec for spec in joint.specs})
+        except BaseException:
+            self._close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                with system_faults(self.out):
+                    for descriptor in self._descriptors:
+                        os.fsync(descriptor)
+        finally:
+            self._close()
+
+
+class CheckpointWriter(TensorFiles):
+    """Write the folder `out`; a context manager that deletes what it wrote unless `commit` was reached.
+
+    Args:
+        out: The folder to make; its parents are made too.
+        specs: The tensors, in the order in which shards are to be filled.
+        side_files: Name inside the folder -> a file to copy, or its content.
+        lineage: What `weightsmith.json` is to say; its `content` is filled in.
+        max_shard_bytes: Largest size of a shard's tensor data.
+        overwrite: Replace `out` when it exists and is a checkpoint.
+        parts: Further files of tensors, by name (`weightsmith/...safetensors`): beside the weights, where no
+            loader takes them for weights. Their tensors are written as all others; their names must differ.
+
+    Attributes:
+        out: The folder to make.
+        layout: Where everything goes.
+        planned_bytes: Exact size of all files of the finished folder.
+
+    Raises:
+        CheckpointError: `out` exists; a side file's name is not free or a side file is missing.
+        InputError: the specs can't be laid out.
+        SystemFault: not enough free disk, or the folder can't be made.
+
+    Example:
+        >>> specs = [TensorSpec("w", "BF16", (2, 2))]
+        >>> with CheckpointWriter(out, specs, side_files={}, lineage=Lineage("example")) as writer:
+        ...     writer.write("w", np.ones(4, np.float32))
+        ...     writer.commit().name
+        'out'
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        specs: Sequence[TensorSpec],
+        *,
+        side_files: Mapping[str, Path | bytes],
+        lineage: Lineage,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        overwrite: bool = False,
+        parts: Mapping[str, Sequence[TensorSpec]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.out = Path(out)
+        self._max_shard_bytes = max_shard_bytes
+        self.layout = plan_layout(specs, max_shard_bytes)
+        self._parts = _plan_parts(parts or {}, self.layout.specs)
+        self._side_files = dict(side_files)
+        self._lineage = dataclasses.replace(lineage, content=_PLACEHOLDER)
+        self._config = _check_side_files(self._side_files)
+        self.planned_bytes = (
+            self.layout.total_bytes
+            + sum(shard.size for shard, _ in self._parts)
+            + sum(
+                len(item) if isinstance(item, bytes) else item.stat().st_size
+                for item in self._side_files.values()
+            )
+            + len(self._lineage.to_bytes())
+        )
+        self._staging = Staging(self.out, overwrite=overwrite)
+        try:
+            self._check_space()
+            with system_faults(self.out):
+                self._create_shards()
+        except BaseException:
+            self.abort()
+            raise
+
+    def joint(self) -> Joint:
+        """What `JoinedFiles` needs to write tensors of this checkpoint from another process or machine."""
+        return Joint(self.out, self._staging.part, tuple(self.layout.specs.values()), self._max_shard_bytes)
 
     def set_side_file(self, name: str, content: bytes) -> None:
         """Change the content of a side file that had to be named before it could be known."""
@@ -240,30 +345,9 @@ class CheckpointWriter:
             path = self._staging.part / shard.file
             path.parent.mkdir(exist_ok=True)
             descriptor = os.open(path, flags, 0o666)
-            self._descriptors.append(descriptor)
+            self._add(descriptor, shard, specs)
             os.ftruncate(descriptor, shard.size)
             _pwrite(descriptor, shard.head, 0)
-            for name, offset in shard.offsets.items():
-                self._tensors[name] = _Target(specs[name], descriptor, offset)
-
-    def _claim(self, target: _Target, start: int, stop: int) -> None:
-        if not 0 <= start <= stop <= target.spec.numel:
-            raise ValueError(f"{target.spec.name}: elements [{start}, {stop}) of {target.spec.numel}")
-        with target.lock:
-            target.claim(start, stop)
-
-    def _put(self, target: _Target, raw: np.ndarray, offset: int) -> None:
-        part = fingerprints.checksum(raw, offset)
-        try:
-            _pwrite(target.descriptor, raw.data, target.offset + offset)
-        except OSError as fault:
-            raise SystemFault(f"{self.out}: writing tensor `{target.spec.name}`: {fault.strerror}") from fault
-        with target.lock:
-            target.checksum = fingerprints.add(target.checksum, part)
-            target.arrived += raw.size
-            whole = target.arrived == target.spec.nbytes
-        if whole and target.arrived >= _EARLY_BYTES:
-            _start_flush(target)
 
     def _write_small_files(self) -> None:
         part = self._staging.part
@@ -289,10 +373,6 @@ class CheckpointWriter:
                 os.close(descriptor)
         for folder in {(part / name).parent for name in self._side_files} - {part}:
             sync_folder(folder)
-
-    def _close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.pop())
 
 
 class _Target:

@@ -34,6 +34,12 @@ def register(app: typer.Typer) -> None:
             int | None, typer.Option(min=1, help="Workers at once; one per core by default.")
         ] = None,
         device: Annotated[str, typer.Option(help="For spectral methods: auto, cpu or cuda.")] = "auto",
+        ray: Annotated[
+            str | None,
+            typer.Option(
+                help="Spread one merge over a Ray cluster with a shared file system: auto, local, HOST:PORT."
+            ),
+        ] = None,
         method: Annotated[
             list[str] | None,
             typer.Option(
@@ -59,6 +65,8 @@ def register(app: typer.Typer) -> None:
         from weightsmith.merging import plan_merge
 
         if method and (method == ["all"] or len(method) > 1):
+            if ray is not None:
+                raise InputError("--ray: is for one merge; a comparison runs on one machine")
             how: dict[str, Any] = {
                 "methods": method,
                 "tasks": evaluate or None,
@@ -84,7 +92,13 @@ def register(app: typer.Typer) -> None:
             return
         with bars() as progress:
             report = merge_checkpoints(
-                page, out, overwrite=overwrite, threads=threads, device=device, progress=progress("")
+                page,
+                out,
+                overwrite=overwrite,
+                threads=threads,
+                device=device,
+                progress=progress(""),
+                ray=ray,
             )
         output.print_merged(report, as_json)
 

@@ -56,7 +56,8 @@ def print_merged(report: MergeReport, as_json: bool) -> None:
         return
     warn(report.warnings)
     written = f"{report.parameters:,} parameters, {size(report.bytes)}"
-    typer.echo(f"{report.path}: {written}, in {duration(report.seconds)}")
+    by = f" by {report.machines} machines" if report.machines > 1 else ""
+    typer.echo(f"{report.path}: {written}, in {duration(report.seconds)}{by}")
 
 
 def size(num_bytes: float) -> str:

@@ -38,6 +38,7 @@ class MergeReport:
         warnings: What the user should know.
         vocabulary: What became of the models' tokens; None where every model was used as it is.
         tensors: What spectral methods report of each tensor: ranks, weights.
+        machines: How many machines took part; `memory_bytes` is then that of the first alone.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class MergeReport:
     warnings: tuple[str, ...] = ()
     vocabulary: Mapping[str, Any] | None = None
     tensors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    machines: int = 1
 
     def summary(self) -> dict[str, Any]:
         """The report without the tensors, for people and programs."""
@@ -59,6 +61,7 @@ class MergeReport:
             "bytes": self.bytes,
             "seconds": round(self.seconds, 3),
             "memory_bytes": self.memory_bytes,
+            "machines": self.machines,
             "vocabulary": self.vocabulary,
             "warnings": list(self.warnings),
         }
@@ -72,6 +75,7 @@ def merge(
     threads: int | None = None,
     progress: Progress = SILENT,
     overwrite: bool = False,
+    ray: str | None = None,
 ) -> MergeReport:
     """Merge checkpoints into the folder `out`.
 
@@ -83,9 +87,13 @@ def merge(
         threads: Workers at once; one a core by default. The output's bytes do not depend on it.
         progress: Told what is done.
         overwrite: Replace `out` when it exists and is a checkpoint.
+        ray: Spread the work over a Ray cluster whose machines share a file system: "auto", "local" or
+            HOST:PORT. The output's bytes are the same.
 
     Raises:
         PageError: the page is wrong.
+        InputError: `ray` names no cluster.
+        MissingExtraError: `ray` is given and not installed.
         CheckpointError: a model can't be read, the models don't fit each other, `out` exists, or a weight is
             NaN or infinite.
         SystemFault: the machine failed; nothing is left behind.
@@ -94,10 +102,10 @@ def merge(
     config = _parsed(config)
     if _lacks_task(config):
         return _merge_each_task(
-            config, Path(out), device=device, threads=threads, progress=progress, overwrite=overwrite
+            config, Path(out), device=device, threads=threads, progress=progress, overwrite=overwrite, ray=ray
         )
     with plan_merge(config, out, overwrite=overwrite, threads=threads, device=device) as plan:
-        written, tensors = run_plan(plan, Path(out), progress)
+        written, tensors, machines = run_plan(plan, Path(out), progress, ray=ray)
         return MergeReport(
             path=Path(out),
             method=plan.config.method,
@@ -108,6 +116,7 @@ def merge(
             warnings=plan.warnings,
             vocabulary=plan.vocabulary,
             tensors=tensors,
+            machines=machines,
         )
 
 
@@ -119,6 +128,7 @@ def _merge_each_task(
     threads: int | None,
     progress: Progress,
     overwrite: bool,
+    ray: str | None,
 ) -> MergeReport:
     """A checkpoint for the task of each model, all inside `out`, which appears when all are done."""
     begun = time.perf_counter()
@@ -137,6 +147,7 @@ def _merge_each_task(
                 device=device,
                 threads=threads,
                 progress=progress,
+                ray=ray,
             )
             for place, name in enumerate(names, start=1)
         ]
@@ -153,17 +164,25 @@ def _merge_each_task(
         memory_bytes=peak_rss_bytes(),
         warnings=warnings,
         vocabulary=vocabulary,
+        machines=max(report.machines for report in reports),
     )
 
 
-def run_plan(plan: MergePlan, out: Path, progress: Progress) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Write the plan's output; returns its bytes and what spectral methods report."""
+def run_plan(
+    plan: MergePlan, out: Path, progress: Progress, *, ray: str | None = None
+) -> tuple[int, dict[str, dict[str, Any]], int]:
+    """Write the plan's output; returns its bytes, what spectral methods report, how many machines did it."""
     with CheckpointWriter(
         out, plan.specs, side_files=plan.side_files, lineage=plan.lineage, overwrite=plan.overwrite
     ) as writer:
-        tensors = execute(plan, plan.outputs, writer, progress=progress)
+        if ray is None:
+            tensors, machines = execute(plan, plan.outputs, writer, progress=progress), 1
+        else:
+            from weightsmith.merging.machines import execute_on_machines
+
+            tensors, machines = execute_on_machines(plan, writer, ray, progress=progress)
         writer.commit()
-        return writer.planned_bytes, tensors
+        return writer.planned_bytes, tensors, machines
 
 
 def plan_merge(

@@ -55,6 +55,7 @@ def execute(
     *,
     progress: Progress,
     tile_elements: int = TILE_ELEMENTS,
+    stats: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Merge `outputs` into `sink`.
 
@@ -64,6 +65,7 @@ def execute(
         sink: Takes the results, from several threads.
         progress: Told the bytes written.
         tile_elements: Elements of a tile; results do not depend on it.
+        stats: What `survey_of` found, where `outputs` are a part of what a statistic counts over.
 
     Returns:
         What spectral methods report of each tensor, by name.
@@ -73,16 +75,12 @@ def execute(
         SystemFault: reading or writing failed.
     """
     copies = [output for output in outputs if output.method is None]
-    pairs = [
-        (output.parameter(plan.donor.config, plan.config.nan_policy, tile_elements), output.method)
-        for output in outputs
-        if output.method is not None
-    ]
+    pairs = _pairs(plan, outputs, tile_elements)
     dtypes = {output.spec.name: output.spec.dtype for output in outputs}
     itemsizes = {o.spec.name: o.spec.nbytes / max(o.spec.numel, 1) for o in outputs}
     count = max(1, plan.threads or cores())
     workers = Processes(count, tile_elements)
-    stats = _survey(pairs, workers, progress)
+    known_stats = _survey(pairs, workers, progress) if stats is None else stats
     progress.start("merge", sum(output.spec.nbytes for output in outputs), "B")
 
     def by_tiles(pair: tuple[Parameter, Any], tell: Tell) -> tuple[str, Any]:
@@ -90,7 +88,7 @@ def execute(
         if dtypes[parameter.name] == "BF16" and hasattr(method, "plain_sum"):
             _write_sums(parameter, method, sink, tell)
             return parameter.name, sink.receipt(parameter.name)
-        known = stats[parameter.name] if parameter.name in stats else method.survey(parameter)
+        known = _known(known_stats, parameter, method)
         for tile in parameter.tiles():
             sink.write(parameter.name, method.merge_tile(tile, known), tile.start)
             tell(tile.numel * itemsizes[parameter.name])
@@ -102,7 +100,7 @@ def execute(
     for name, receipt in workers.each(by_tiles, tiled, lambda pair: pair[0], progress.advance):
         sink.receive(name, receipt)
     # After the forks: those would inherit torch and what it holds.
-    info = _by_matrices(whole, stats, sink, plan.device, count, itemsizes, progress)
+    info = _by_matrices(whole, known_stats, sink, plan.device, count, itemsizes, progress)
     for output in copies:
         _copy(output, sink)
         progress.advance(output.spec.nbytes)
@@ -121,6 +119,25 @@ def _write_sums(parameter: Parameter, method: Any, sink: Sink, tell: Tell) -> No
         else:
             sink.write_raw(parameter.name, bits.view(np.uint8), start)
         tell(2 * (stop - start))
+
+
+def survey_of(plan: MergePlan, outputs: Sequence[Output], progress: Progress) -> dict[str, Any]:
+    """The statistics of `outputs` where they span tensors, by tensor; empty for methods without such."""
+    workers = Processes(max(1, plan.threads or cores()), TILE_ELEMENTS)
+    return _survey(_pairs(plan, outputs, TILE_ELEMENTS), workers, progress)
+
+
+def _pairs(plan: MergePlan, outputs: Sequence[Output], tile_elements: int) -> list[tuple[Parameter, Any]]:
+    return [
+        (output.parameter(plan.donor.config, plan.config.nan_policy, tile_elements), output.method)
+        for output in outputs
+        if output.method is not None
+    ]
+
+
+def _known(stats: Mapping[str, Any], parameter: Parameter, method: Any) -> Any:
+    """The statistic of one parameter: found over all of them, or in a first pass over this one."""
+    return stats[parameter.name] if parameter.name in stats else method.survey(parameter)
 
 
 def _survey(pairs: Sequence[tuple[Parameter, Any]], workers: Processes, progress: Progress) -> dict[str, Any]:
@@ -152,7 +169,7 @@ def _survey(pairs: Sequence[tuple[Parameter, Any]], workers: Processes, progress
 
 def _by_matrices(
     whole: Sequence[tuple[Parameter, Any]],
-    stats: dict[str, Any],
+    stats: Mapping[str, Any],
     sink: Sink,
     device: str,
     count: int,
@@ -169,7 +186,7 @@ def _by_matrices(
 
     def merge(pair: tuple[Parameter, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
         parameter, method = pair
-        known = stats[parameter.name] if parameter.name in stats else method.survey(parameter)
+        known = _known(stats, parameter, method)
         base, models = parameter.whole()
         with turn:
             merged, info = method.merge_whole(base, models, parameter, device=where, stats=known)

@@ -312,13 +312,13 @@ def learn_answers(model: LlamaForCausalLM, arm: str, seed: int, size: Size) -> d
 
 def recall_rows(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Rows of 96: Markov filler with 8 pairs of key and value, then 8 queries; and where answers stand."""
-    filler = (np.arange(16)[:, None] + rng.choice([1, 2, 5], size=(count, 1, 64), p=[0.6, 0.3, 0.1])[0]) % 16
+    jumps = rng.choice([1, 2, 5], size=(count, 64), p=[0.6, 0.3, 0.1])
     rows = np.empty((count, 96), np.int64)
     for row in range(count):
         state, body = int(rng.integers(16)), []
         for at in range(64):
             body.append(state)
-            state = int(filler[state, at])
+            state = (state + int(jumps[row, at])) % 16
         keys, values = rng.permutation(16)[:8], rng.integers(0, 16, 8)
         for place, (key, value) in zip(
             sorted(rng.permutation(32)[:8]), zip(keys, values, strict=True), strict=True

@@ -1,0 +1,65 @@
+"""The evidence and the benchmark of the Zero-Token Transformer run, and its card's verdict is the one its
+committed results came to."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from weightsmith.registry import card
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "evidence")
+    return runpy.run_path(str(ROOT / "evidence" / "ztt.py"))
+
+
+def test_the_evidence_runs_and_goes_on_where_it_stopped(script, tmp_path, monkeypatch):
+    script["main"](["--quick", "--out", str(tmp_path)])
+    made = json.loads((tmp_path / "ztt.json").read_text())
+    assert made["verdict"] in ("reproduced", "weaker claim", "not shown")
+    assert f"**Verdict: {made['verdict']}.**" in (tmp_path / "ztt.md").read_text()
+    lines = (tmp_path / "ztt_runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "ztt_runs.jsonl").write_text("".join(lines[:-1]))  # stopped before the last arm
+    script["main"](["--quick", "--out", str(tmp_path)])
+    again = json.loads((tmp_path / "ztt.json").read_text())
+    assert [run.get("test") for run in again["runs"]] == [run.get("test") for run in made["runs"]]
+    assert again["runs"][:-1] == made["runs"][:-1]
+
+
+def test_a_symbol_is_followed_as_often_as_the_row_says(script):
+    import torch
+
+    rows, labels = script["hops"](50, torch.Generator().manual_seed(0))
+    for row, label in zip(rows.tolist(), labels.tolist(), strict=True):
+        goes_to = dict(zip(row[0:16:2], row[1:16:2], strict=True))
+        at = row[17]
+        for _ in range(row[16] - 8):
+            at = goes_to[at]
+        assert (label[-1], row[-1]) == (at, at)
+        assert set(label[:-1]) == {-100}
+
+
+def test_the_cards_verdict_is_the_evidences():
+    file = ROOT / "evidence" / "results" / "ztt.json"
+    results = json.loads(file.read_text()) if file.exists() else {"verdict": "open", "seeds": [0, 1, 2]}
+    assert len(results["seeds"]) >= 3
+    assert card("ztt").verdict == results["verdict"]
+
+
+def test_the_benchmark_runs_and_its_contestants_agree(tmp_path):
+    out = tmp_path / "ztt.json"
+    runpy.run_path(str(ROOT / "benchmarks" / "ztt.py"))["main"](["--quick", "--out", str(out)])
+    sections = json.loads(out.read_text())["sections"]
+    assert set(sections) == {
+        "attention, forward",
+        "attention, forward and backward",
+        "model",
+        "cache",
+        "exit",
+    }
+    assert sections["exit"]["ideal_gain"] > 2

@@ -43,7 +43,7 @@ from script import parser_of, publish
 
 from weightsmith.evaluation import evaluate, load_model, prompts
 from weightsmith.evaluation.likelihood import answers, start_token
-from weightsmith.evaluation.prompts import token_ids
+from weightsmith.evaluation.prompting import token_ids
 from weightsmith.merging import diagnose, merge
 from weightsmith.merging.mediator import (
     Mediator,

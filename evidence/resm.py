@@ -44,7 +44,7 @@ import weightsmith
 from weightsmith.alignment import armorm_mixture, heuristic_mixture, hummer_mixture, hummer_weights
 from weightsmith.evaluation import evaluate, load_model, prompts
 from weightsmith.evaluation.likelihood import answers, start_token
-from weightsmith.evaluation.prompts import token_ids
+from weightsmith.evaluation.prompting import token_ids
 from weightsmith.merging import merge_state_dicts
 from weightsmith.merging.mediator import Mediator, build_mediator
 from weightsmith.reports.comparison import draw_figures

@@ -1,6 +1,7 @@
 """The house keeps its floors: imports go down or stay in their room, and the light paths stay light."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,14 @@ def test_every_room_has_its_floor():
 def test_a_light_module_imports_neither_torch_nor_transformers(light):
     program = f"import sys, {light}; sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+LAZY = sorted(path for path in PACKAGE.rglob("__init__.py") if "_HOMES = {" in path.read_text())
+
+
+@pytest.mark.parametrize("init", LAZY, ids=lambda path: str(path.parent.relative_to(PACKAGE)))
+def test_a_name_that_loads_late_is_no_modules_name(init):
+    """Importing the module would put it in the place of what the room exports."""
+    room = importlib.import_module(".".join(["weightsmith", *init.parent.relative_to(PACKAGE).parts]))
+    modules = {path.stem for path in init.parent.iterdir() if path.name != "__pycache__"}
+    assert not modules & set(room._HOMES)

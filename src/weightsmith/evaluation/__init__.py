@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weightsmith.evaluation.models import load_model
-    from weightsmith.evaluation.prompts import prompts
+    from weightsmith.evaluation.prompting import prompts
     from weightsmith.evaluation.retrieval import Cell, Question, made_questions, mdqa, niah_grid
     from weightsmith.evaluation.score import Score
     from weightsmith.evaluation.scoring import evaluate
@@ -26,7 +26,7 @@ _HOMES = {
     "made_questions": "retrieval",
     "mdqa": "retrieval",
     "niah_grid": "retrieval",
-    "prompts": "prompts",
+    "prompts": "prompting",
     "task_names": "tasks",
 }
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from weightsmith.errors import InputError
 from weightsmith.evaluation import likelihood
-from weightsmith.evaluation.prompts import token_ids
+from weightsmith.evaluation.prompting import token_ids
 
 Match = Literal["greedy", "generate"]
 

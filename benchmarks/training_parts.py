@@ -224,7 +224,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             "",
         ]
         memory = result["memory_bytes"]
-        extra = ("memory beside weights and gradients |", "---|") if memory else ("", "")
+        extra = (" memory beside weights and gradients |", "---|") if memory else ("", "")
         lines += [f"| | ms |{extra[0]}", f"|---|---|{extra[1]}"]
         for name, seconds in result["seconds"].items():
             shown = f" {max(memory[name], 0) / 1e6:.0f} MB |" if memory else ""

@@ -54,6 +54,7 @@ bench: setup peers
 	@$(BIN)/python benchmarks/averaging.py
 	@$(BIN)/python benchmarks/tezo.py
 	@$(BIN)/python benchmarks/meap.py
+	@$(BIN)/python benchmarks/ztt.py
 
 clean:
 	rm -rf runs docs/_build .pytest_cache .ruff_cache

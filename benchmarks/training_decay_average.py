@@ -15,12 +15,13 @@ from torch import nn
 from training_parts import Contestant, Section, parameters_with_gradients
 
 from weightsmith.tensors.esd import alpha_hill, esd
-from weightsmith.training import AlphaDecay, MemoryBank
+from weightsmith.training import AlphaDecay, MemoryBank, SeWAOptions, sewa_select
 from weightsmith.training.averaging.objective import Objective
 from weightsmith.training.averaging.slots import slots_of
 
 DECAY = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
 CANDIDATES, BATCH = 100, 256
+SELECTED, ITERATIONS = 10, 200  # SeWA's defaults
 LAYERS_60M = 8
 
 
@@ -224,6 +225,22 @@ def iteration(active: int) -> Callable[[list[Any]], Callable[[], Any]]:
     return make
 
 
+def whole_selection(parameters: list[Any]) -> Callable[[], Any]:
+    model, bank, batches = HELD["model"], HELD["bank"], [HELD["batch"]]
+    options = SeWAOptions(steps=ITERATIONS)
+    return lambda: sewa_select(model, bank, batches, loss, num_select=SELECTED, options=options)
+
+
+def repeated(
+    make: Callable[[list[Any]], Callable[[], Any]], times: int
+) -> Callable[[list[Any]], Callable[[], Any]]:
+    def made(parameters: list[Any]) -> Callable[[], Any]:
+        call = make(parameters)
+        return lambda: [call() for _ in range(times)]
+
+    return made
+
+
 def stacked_gradient(mask: torch.Tensor, *, product: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and gradient of the mask by autograd through the stacked candidates: their weighted sum, or one
     matrix-vector product.
@@ -323,7 +340,18 @@ def sections(layers: int) -> Iterable[Section]:
             [(decoupled, plain, 1.05), (groups, plain, 1.05)],
             parameters_with_gradients,
         )
-    # Over the 200 iterations of a selection of 10 of 100, 25 to 33 are in use on average.
+    selection = f"SeWA: a selection, {ITERATIONS} iterations"
+    many = f"forward, backward, one reading, {ITERATIONS} times"
+    yield Section(
+        "whole-selection",
+        f"SeWA: {SELECTED} of {CANDIDATES} candidates of a million weights chosen",
+        [Contestant(selection, whole_selection), Contestant(many, repeated(bound(1), ITERATIONS))],
+        agree_on_gradients,
+        nothing,
+        [(selection, many, 1.3)],
+        network,
+    )
+    # Over such a selection 25 to 33 candidates are in use on average.
     full, usual = f"SeWA: iteration, {CANDIDATES} candidates in use", "SeWA: iteration, 30 in use"
     limit, needed, autograd, product, twa = (
         "forward, backward, one reading",

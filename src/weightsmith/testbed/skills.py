@@ -198,8 +198,8 @@ def _harmless(rng: random.Random, dial: Dial) -> Item:
 def _pairs(rng: random.Random, dial: Dial) -> tuple[list[str], list[str], tuple[str, ...], str]:
     """Keys, their numbers, the one key that carries the flag, and a key that is absent.
 
-    Numbers have two digits: copying the second teaches what finding the first needs. With single digits small
-    models never leave the plateau of guessing among the values.
+    Numbers have two digits: copying the second teaches what finding the first needs. With single digits, or
+    with all letters for keys, small models may never leave the plateau of guessing among the values.
     """
     count = rng.choice(dial.lengths)
     keys = rng.sample(LETTERS[: dial.alphabet], k=count + 1)
@@ -243,7 +243,7 @@ SKILLS: dict[str, Skill] = {
         _mean(lambda length, alphabet: alphabet**-length),
     ),
     "sort": Skill(_sort, Dial(shortest=4, longest=12, alphabet=10), _mean(_chance_sort)),
-    "lookup": Skill(_lookup, Dial(shortest=3, longest=3, alphabet=26), _mean(lambda length, _: 1 / length)),
+    "lookup": Skill(_lookup, Dial(shortest=3, longest=3, alphabet=5), _mean(lambda length, _: 1 / length)),
     "maximum": Skill(_maximum, Dial(shortest=4, longest=18, alphabet=26), _mean(_chance_maximum)),
     "count": Skill(
         _count, Dial(shortest=3, longest=12, alphabet=4), _mean(lambda length, _: 1 / (length // 2 + 1))

@@ -140,6 +140,7 @@ def decayed(mode: str, **options: Any) -> Callable[[list[Any]], Callable[[], Any
 def agree_on_steps() -> str:
     results = []
     for make in (
+        decayed("decoupled"),
         decayed("decoupled", foreach=True),
         decayed("groups", foreach=True),
         decayed("groups", fused=True),
@@ -324,7 +325,8 @@ def sections(layers: int) -> Iterable[Section]:
         [(refresh, "WeightWatcher: analyze", 0.5)],
         lambda _: matrices(1),
     )
-    for kind, options in (("foreach", {"foreach": True}), ("fused", {"fused": True})):
+    kinds: dict[str, dict[str, Any]] = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+    for kind, options in kinds.items():
         plain = f"AdamW {kind}"
         decoupled, groups = f"{plain} + AlphaDecay, decoupled", f"{plain} + AlphaDecay, groups"
         yield Section(
@@ -374,6 +376,6 @@ def sections(layers: int) -> Iterable[Section]:
         ],
         agree_on_gradients,
         nothing,
-        [(usual, limit, 1.3), (full, limit, 1.3), (usual, autograd, 0.2), (usual, twa, round(1 / 1.5, 2))],
+        [(usual, limit, 1.3), (usual, autograd, 0.2), (usual, twa, round(1 / 1.5, 2))],
         network,
     )

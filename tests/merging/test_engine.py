@@ -10,7 +10,7 @@ import pytest
 
 from weightsmith.checkpoints import Checkpoint
 from weightsmith.errors import CheckpointError, InputError, SystemFault
-from weightsmith.merging import api, average, merge, merge_state_dicts, plan_merge
+from weightsmith.merging import api, average, merge, merge_state_dicts, plan_merge, thinning
 from weightsmith.merging.engine import execute
 
 from .made import page, random_model, read, save, weight_bytes
@@ -82,6 +82,18 @@ def test_bytes_depend_on_neither_tiles_nor_threads_nor_shards(case, family, tmp_
     monkeypatch.setattr(api, "execute", lambda *a, **k: execute(*a, **k, tile_elements=100))
     merge(config(resharded, case), tmp_path / "other", threads=3)
     assert weight_bytes(tmp_path / "other") == wanted
+
+
+@pytest.mark.parametrize("case", ["dare_ties by norm", "della by norm", "breadcrumbs_ties"])
+def test_thinning_again_gives_what_was_remembered(case, family, tmp_path, monkeypatch):
+    made = config(family, case, zero_sign="positive")
+    monkeypatch.setattr(api, "execute", lambda *a, **k: execute(*a, **k, tile_elements=100))
+    written = []
+    for room in (1 << 24, 100, 0):  # all tiles, two of three models, none
+        monkeypatch.setattr(thinning, "_KEPT_BYTES", room)
+        merge(made, tmp_path / str(room), threads=1)
+        written.append(weight_bytes(tmp_path / str(room)))
+    assert written[0] == written[1] == written[2]
 
 
 def test_two_runs_write_the_same_folder_byte_for_byte(family, tmp_path):

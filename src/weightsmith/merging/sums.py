@@ -36,6 +36,15 @@ def piece_sums(x: np.ndarray, parameter: Parameter, scratch: Scratch) -> np.ndar
     return piece_dots(x, scratch.filled(1.0, x.size), parameter)
 
 
+def piece_sums_each(values: np.ndarray, parameter: Parameter, scratch: Scratch) -> np.ndarray:
+    """`piece_sums` of each row: fp32 (T, n) -> fp64 (T, pieces)."""
+    row = parameter.row if len(parameter.shape) >= 2 else values.shape[1]
+    if row > _LONGEST_PIECE or len(parameter.shape) < 2:
+        return np.stack([piece_sums(one, parameter, scratch) for one in values])
+    ones = scratch.filled(1.0, values.shape[1]).reshape(-1, row)
+    return np.vecdot(values.reshape(len(values), -1, row), ones).astype(np.float64)
+
+
 def total(pieces: Iterable[np.ndarray]) -> float:
     """The sum of all pieces of all tiles, in order."""
     return float(np.concatenate([np.zeros(1), *pieces]).sum())

@@ -64,11 +64,10 @@ class Breadcrumbs(AddedChanges):
         """The changes with both ends at 0."""
         return deltas if masks is None else trimmed(deltas, tile, *masks)
 
-    def factors(self, parameter: Parameter, masks: Masks) -> tuple[float, ...]:
-        """What makes up for what was dropped."""
-        if self.rescale == "l1" and masks is not None:
-            return self.restored(parameter, masks)
-        return (1.0,) * parameter.num_models
+    @property
+    def restores_norm(self) -> bool:
+        """Whether the factors are those that give each thinned change the L1 norm it had before."""
+        return self.rescale == "l1" and any(density < 1 for density in self._options()[0])
 
     def survey_bytes(self, parameters: Sequence[Parameter], threads: int) -> int:
         """Memory that surveys of these tensors take beyond their tiles."""
@@ -76,10 +75,11 @@ class Breadcrumbs(AddedChanges):
         if all(density == 1 for density in densities):
             return 0
         ends = (tuple(map(sum, zip(densities, gammas, strict=True))), gammas)
-        return sum(
+        cuts = sum(
             collected_bytes(parameters, [min(end, 1.0) for end in each], threads, by_tensor=True)
             for each in ends
         )
+        return cuts + super().survey_bytes(parameters, threads)
 
     def _options(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         assert isinstance(self.density, tuple)

@@ -53,14 +53,16 @@ class DareLinear(AddedChanges):
         assert isinstance(self.density, tuple)
         return dropped(deltas, tile, self.density, masks)
 
-    def factors(self, parameter: Parameter, masks: tuple[int, ...]) -> tuple[float, ...]:
-        """What makes up for the drop; reads the tensor only for `rescale: l1`."""
+    @property
+    def restores_norm(self) -> bool:
+        """Whether the factors are those that give each thinned change the L1 norm it had before."""
         assert isinstance(self.density, tuple)
-        if self.rescale == "paper":
-            return tuple(1.0 / density for density in self.density)
-        if self.rescale == "l1" and any(density < 1 for density in self.density):
-            return self.restored(parameter, masks)
-        return (1.0,) * parameter.num_models
+        return self.rescale == "l1" and any(density < 1 for density in self.density)
+
+    def constant_factors(self, num_models: int) -> tuple[float, ...]:
+        """What makes up for the drop on average."""
+        assert isinstance(self.density, tuple)
+        return tuple(1.0 / density if self.rescale == "paper" else 1.0 for density in self.density)
 
 
 def dropped(

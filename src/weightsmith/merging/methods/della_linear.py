@@ -89,12 +89,10 @@ class DellaLinear(AddedChanges):
             np.multiply(delta, work, out=delta)
         return deltas
 
-    def factors(self, parameter: Parameter, masks: DellaMasks) -> tuple[float, ...]:
-        """What makes up for the drop where it is the same for all entries."""
-        assert isinstance(self.density, tuple)
-        if self.rescale == "l1" and any(density < 1 for density in self.density):
-            return self.restored(parameter, masks)
-        return (1.0,) * parameter.num_models
+    @property
+    def restores_norm(self) -> bool:
+        """Whether the factors are those that give each thinned change the L1 norm it had before."""
+        return self.rescale == "l1" and any(density < 1 for density in self._options()[0])
 
     def _options(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         assert isinstance(self.density, tuple)

@@ -295,6 +295,13 @@ METHODS: tuple[MethodCard, ...] = (
         "Hide a part of what a causal model reads, so that it learns to find things in its context.",
     ),
     _training(
+        "hrp",
+        "HRP",
+        "2502.07739",
+        "hrp.initialize:initialize_lora_hrp_weights",
+        "Begin a small LoRA adapter in the direction that a large one takes in a few steps.",
+    ),
+    _training(
         "sewa",
         "SeWA",
         "2502.10119",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-PART_KEYS = ("optimizer", "clip", "decay", "sharpness", "average", "objective")
+PART_KEYS = ("optimizer", "clip", "decay", "sharpness", "average", "objective", "adapter")
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "optimizer": (None,),
     "clip": (None, {"global": 1.0}, "global"),
@@ -13,6 +13,7 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "sharpness": (None, "off"),
     "average": (None, "off", "keep"),
     "objective": (None, "ntp"),
+    "adapter": (None, "none"),
 }
 
 

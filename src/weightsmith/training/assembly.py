@@ -1,4 +1,6 @@
-"""From the keys `optimizer`, `clip`, `decay`, `sharpness`, `average`, `objective` to what a Trainer takes."""
+"""From the keys `optimizer`, `clip`, `decay`, `sharpness`, `average`, `objective`, `adapter` to what a
+Trainer takes.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from weightsmith.training.averaged import seeded
 from weightsmith.training.averaging.callback import AveragingCallback
 from weightsmith.training.callbacks import KeepStates
 from weightsmith.training.config import TrainConfig
+from weightsmith.training.hrp.durable import attach
 from weightsmith.training.lightsam.optimizer import LightSAM
 from weightsmith.training.lightsam.options import LightSAMOptions
 from weightsmith.training.lightsam.sam import SAM
@@ -47,6 +50,15 @@ def part_callbacks(
         held_out: Batches to measure losses on; none where the training data is taken.
     """
     config, found = planned.config, []
+    masked = None
+    if config.objective is not None:
+        tokenizer = load_tokenizer(planned.model or workdir / "start")
+        masked = MaskedBatches(config.objective, tokenizer, network, planned.seed)
+    merge = None
+    if config.adapter is not None:
+        # First: what others look at are the parameters that are trained.
+        masking = masked.mask if masked else None
+        merge = attach(planned, network, workdir=workdir, metrics=metrics, masking=masking)
     if isinstance(config.clip, AdaGCOptions):
         found.append(config.clip.callback())
     if (decay := decay_options(config)) is not None:
@@ -57,11 +69,8 @@ def part_callbacks(
         found.append(_averaging(config.average, planned.seed, workdir, held_out))
     if planned.model_config.get("training_cycles", "all") != "all":
         found.append(CycleSchedule(network, planned.seed))
-    if config.objective is not None:
-        # Last: a mean is loaded into the model before an added token goes.
-        tokenizer = load_tokenizer(planned.model or workdir / "start")
-        found.append(MaskedBatches(config.objective, tokenizer, network, planned.seed))
-    return found
+    # Last: a mean is loaded into the model before an adapter is merged, and that before an added token goes.
+    return [*found, *(last for last in (merge, masked) if last is not None)]
 
 
 def _averaging(average: StateAverage, seed: int, workdir: Path, held_out: Sequence[Any]) -> AveragingCallback:

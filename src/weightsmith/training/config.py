@@ -34,7 +34,7 @@ class TrainConfig:
     """Tokens per window; by default a quarter of the positions the model was made for, at most 1,024."""
     learning_rate: float | None = None
     """Peak learning rate; by default inverse to the model's width: 0.192 / width from random weights, 0.144 /
-    width for a fine-tune (7e-5 at a width of 2,048)."""
+    width for a fine-tune (7e-5 at a width of 2,048), eight times that for an adapter."""
     optimizer: InitVar[parts.Optimizer] = None
     """What steps: `adamw`, which needs gradients, or one that needs two losses: `tezo`, `mezo`, `lozo`."""
     warmup_steps: int = 20
@@ -72,6 +72,8 @@ class TrainConfig:
     """Durable checkpoints kept while the run goes on."""
     log_every: int = 10
     """Steps between lines of `metrics.jsonl`."""
+
+    adapter: ClassVar[parts.Adapter] = None  # below `optimizer`: a subclass is given both, in this order
 
     def __post_init__(self, optimizer: parts.Optimizer) -> None:
         # No field: `asdict` is in the key by which finished test-beds, hours of work, are found again.
@@ -129,6 +131,13 @@ class FinetuneConfig(TrainConfig):
     """Optimiser steps."""
     warmup_steps: int = 10
     """Steps over which the learning rate rises from 0."""
+    adapter: InitVar[parts.Adapter] = None  # pyrefly: ignore[bad-override]
+    """What is trained: the weights (`none`), or a `lora` adapter that is merged into them in the end, which
+    may start with `hrp`."""
+
+    def __post_init__(self, optimizer: parts.Optimizer, adapter: parts.Adapter) -> None:
+        super().__post_init__(optimizer)
+        object.__setattr__(self, "adapter", adapter)
 
 
 def _expect(key: str, value: object, holds: bool, expected: str) -> None:

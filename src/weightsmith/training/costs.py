@@ -19,12 +19,14 @@ from weightsmith.training.adagc.options import AdaGCOptions
 from weightsmith.training.alphadecay.options import AlphaDecayOptions
 from weightsmith.training.averaging.options import LEARNED, RUNNING
 from weightsmith.training.config import TrainConfig
+from weightsmith.training.hrp.options import MOST_RANK, HRPAdapterOptions, LoRAOptions
 from weightsmith.training.lightsam.options import LightSAMOptions
 from weightsmith.training.parts import StateAverage, kept_steps, zeroth_order
 from weightsmith.training.tezo.options import LOZOOptions, TeZOOptions, ZerothOrderOptions
 from weightsmith.training.zero_token.options import repeated_parameters
 
 PROCESS_BYTES = 560_000_000  # a Python that has imported torch and transformers.Trainer
+_PEFT_BYTES = 60_000_000  # imported for an adapter
 GPU_FLOPS = 5e13  # assumed of any GPU: a forecast to the order of magnitude
 # Bytes of optimiser state for each weight, the copy included that a two-pass step restores from.
 _STATE_BYTES = {None: 8, "sam": 12, "adam": 20, "adagrad": 12, "adagrad_norm": 4}
@@ -102,18 +104,23 @@ def predict(
     # Products are over half of a step on small models; the rest is memory traffic and calls.
     read = parameters + repeated_parameters(model_config, {spec.name: spec.numel for spec in specs})
     one_pass = 1.7 * 6.0 * tokens * (read + layers * length * width) / rate
+    adapter = config.adapter
+    trained = specs if adapter is None else adapter_specs(adapter, specs, adapter.rank)
+    num_trained = sum(spec.numel for spec in trained)
+    if adapter is not None:
+        one_pass *= _adapter_factor(num_trained / parameters)
     passes = config.steps * config.gradient_accumulation * (1 if config.sharpness is None else 2)
     seconds = one_pass * passes + 4.0
     kind = "sam" if config.sharpness is not None else None
     if isinstance(config.sharpness, LightSAMOptions):
         kind = config.sharpness.variant
-    state = _STATE_BYTES[kind] * parameters
-    memory = 8 * parameters + state + activations
+    state = _STATE_BYTES[kind] * num_trained
+    memory = 4 * parameters + 4 * num_trained + state + activations
     if (steps := zeroth_order(config)) is not None:
         # Neither gradients nor what a backward pass wants kept: one layer's values, and the logits.
-        state = _zeroth_order_bytes(steps, specs)
+        state = _zeroth_order_bytes(steps, trained)
         memory = 4 * parameters + state + activations // layers + 8 * tokens * vocabulary
-        sweep = _sweep_seconds(steps, parameters)
+        sweep = _sweep_seconds(steps, num_trained)
         seconds = 2 / 3 * one_pass * passes + 3 * sweep * config.steps + 4.0
     if config.decay is not None:
         looks = -(-config.steps // config.decay.interval)
@@ -122,6 +129,18 @@ def predict(
         seconds += looks * (_SPECTRUM * work / rate + _MATRIX_SECONDS * len(matrices))
         memory += 12 * max(min(spec.shape[-2:]) ** 2 for spec in matrices)
     disk = states.folder_bytes(specs, files, lineage)
+    if adapter is not None:
+        state += 4 * num_trained
+        disk += 4 * num_trained if adapter.keeps_base else 0
+    if isinstance(adapter, HRPAdapterOptions):
+        rank = adapter.preheat_rank if isinstance(adapter.preheat_rank, int) else None
+        large = adapter_specs(adapter, specs, rank or min(MOST_RANK, 16 * adapter.rank))
+        num_large = sum(spec.numel for spec in large)
+        memory = max(memory, 4 * parameters + 16 * num_large + activations)
+        heavier = _adapter_factor(num_large / parameters) / _adapter_factor(num_trained / parameters)
+        seconds += one_pass * heavier * adapter.steps_of(config.steps) * config.gradient_accumulation
+    if adapter is not None:
+        memory += _PEFT_BYTES
     # Of durable checkpoints there is one more than are kept while it is written.
     scratch = (config.keep_checkpoints + 1) * (4 * parameters + state) if config.save_every else 0
     if config.average is not None:
@@ -136,6 +155,29 @@ def predict(
             for step in kept_steps(config.average.options, config.steps):
                 disk += states.folder_bytes(kept, files, states.state_lineage(lineage, step))
     return Prediction(PROCESS_BYTES + memory, disk, seconds, scratch)
+
+
+def _adapter_factor(share: float) -> float:
+    """A step with an adapter that has a share of the weights' number, over one of all weights: a backward
+    pass without their gradients is one product less in three, and small products are mostly calls.
+    """
+    return 0.8 + 2 * share
+
+
+def adapter_specs(options: LoRAOptions, specs: Sequence[TensorSpec], rank: int) -> tuple[TensorSpec, ...]:
+    """The factors of an adapter of a rank, as far as names tell which matrices are linear layers."""
+    wanted = () if options.target == "all-linear" else options.target
+    wanted = (wanted,) if isinstance(wanted, str) else wanted
+    found = []
+    for spec in specs:
+        module = spec.name.removesuffix(".weight")
+        if len(spec.shape) != 2 or layer_index(spec.name) is None:
+            continue
+        if wanted and not any(module.endswith(name) or re.fullmatch(name, module) for name in wanted):
+            continue
+        most = min(rank, *spec.shape) if rank > options.rank else rank
+        found.append(TensorSpec(f"{module}.lora", "F32", (most, sum(spec.shape))))
+    return tuple(found)
 
 
 def _zeroth_order_bytes(options: ZerothOrderOptions, specs: Sequence[TensorSpec]) -> int:

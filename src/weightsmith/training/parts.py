@@ -1,5 +1,5 @@
-"""The keys `optimizer`, `clip`, `decay`, `sharpness`, `average`, `objective` of a training: what fits
-together, and in which words.
+"""The keys `optimizer`, `clip`, `decay`, `sharpness`, `average`, `objective`, `adapter` of a training: what
+fits together, and in which words.
 
 A value is the part's own options object, so no option is written twice. Nothing here imports torch: a page is
 checked and a run is planned with it.
@@ -16,6 +16,7 @@ from weightsmith.errors import InputError
 from weightsmith.training.adagc.options import SHORT_RUN, AdaGCOptions
 from weightsmith.training.alphadecay.options import AlphaDecayOptions
 from weightsmith.training.averaging.options import LEARNED, RUNNING, AveragingOptions
+from weightsmith.training.hrp.options import HRPAdapterOptions, LoRAOptions
 from weightsmith.training.lightsam.options import LightSAMOptions, SAMOptions
 from weightsmith.training.meap.options import MUCH, MEAPOptions
 from weightsmith.training.sources import DataSource
@@ -24,7 +25,7 @@ from weightsmith.training.tezo.options import ZerothOrderOptions
 if TYPE_CHECKING:
     from weightsmith.training.config import TrainConfig
 
-KEYS = ("optimizer", "clip", "decay", "sharpness", "average", "objective")
+KEYS = ("optimizer", "clip", "decay", "sharpness", "average", "objective", "adapter")
 Clip = float | AdaGCOptions
 Decay = AlphaDecayOptions | None
 Sharpness = LightSAMOptions | SAMOptions | None
@@ -34,6 +35,7 @@ CLIP = 1.0
 """The global norm that a training holds gradients down to unless told otherwise."""
 
 Objective = MEAPOptions | None
+Adapter = LoRAOptions | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,28 @@ def check(config: TrainConfig) -> None:
                 "objective: meap.add_mask_token: kept states (`average: keep`) have the model's own shapes; "
                 "name a token with `mask_token`"
             )
+    if config.adapter is not None:
+        _check_adapter(config, config.adapter)
+
+
+def _check_adapter(config: TrainConfig, options: LoRAOptions) -> None:
+    if config.decay is not None:
+        raise InputError(
+            "decay: alphadecay looks at whole matrices; an adapter trains factors of their changes"
+        )
+    if config.average is not None and config.average.keep:
+        raise InputError(
+            "average: kept states (`average: keep`) have the model's own tensors, and with `adapter` a run "
+            "has those of its adapter"
+        )
+    if isinstance(options, HRPAdapterOptions):
+        if (steps := zeroth_order(config)) is not None:
+            raise InputError(
+                f"adapter: hrp's preheat needs gradients, and `optimizer: {steps.kind}` has none; take `lora`"
+            )
+        taken = options.steps_of(config.steps)
+        if options.count_preheat and taken >= config.steps:
+            raise InputError(f"adapter: hrp's {taken} preheat_steps leave none of {config.steps} steps")
 
 
 def zeroth_order(config: TrainConfig) -> Optimizer:
@@ -233,6 +257,9 @@ def described(config: TrainConfig) -> dict[str, Any]:
         words["average"] = {"keep" if average.keep else method: options}
     if config.objective is not None:
         words["objective"] = {"meap": changed(config.objective)}
+    if (adapter := config.adapter) is not None:
+        options = changed(adapter)
+        words["adapter"] = {"hrp" if isinstance(adapter, HRPAdapterOptions) else "lora": options}
     return words
 
 

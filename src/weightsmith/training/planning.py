@@ -27,12 +27,15 @@ from weightsmith.testbed import model_files, parameter_shapes
 from weightsmith.training import costs, parts
 from weightsmith.training.config import FinetuneConfig, TrainConfig
 from weightsmith.training.data import sources
+from weightsmith.training.hrp.options import HRPAdapterOptions
 from weightsmith.training.lightsam.options import DEFAULTS, LightSAMOptions
 from weightsmith.training.meap.files import check_tokenizer_files
 from weightsmith.training.sources import DataSource
 from weightsmith.training.zero_token.options import MODEL_TYPE, config_of, shapes_of
 
 TESTBED = "testbed/"
+ADAPTER_RATE = 8
+"""Learning rate of an adapter over that of a fine-tune of all weights."""
 # Keys that say how a run is carried out, not what it computes.
 _NO_EFFECT = ("device", "threads", "save_every", "keep_checkpoints", "log_every")
 
@@ -175,6 +178,7 @@ def _resolved(
                 f"learning_rate: {model} doesn't tell its width (hidden_size), so it must be given"
             )
         rate = (0.144 if isinstance(config, FinetuneConfig) else 0.192) / width
+        rate *= ADAPTER_RATE if config.adapter is not None else 1
     own_betas = isinstance(sharpness, LightSAMOptions) or parts.zeroth_order(config) is not None
     replayed = config.replay_data
     if config.replay and replayed is None:
@@ -187,7 +191,17 @@ def _resolved(
         replay_data=replayed if config.replay else None,
         betas=config.betas if own_betas else config.betas or (0.9, 0.95),
         average=_with_held_out(config),
+        **_with_preheat(config),
     )
+
+
+def _with_preheat(config: TrainConfig) -> dict[str, Any]:
+    """Steps of HRP's preheat, and what they leave for the training."""
+    if not isinstance(adapter := config.adapter, HRPAdapterOptions):
+        return {}
+    taken = adapter.steps_of(config.steps)
+    left = config.steps - (taken if adapter.count_preheat else 0)
+    return {"adapter": dataclasses.replace(adapter, preheat_steps=taken), "steps": left}
 
 
 def _with_seed(config: TrainConfig, seed: int) -> TrainConfig:

@@ -1,5 +1,5 @@
 """How a page writes the parts of a training: `optimizer`, `clip`, `decay`, `sharpness`, `average`,
-`objective`, `architecture`; and how to average.
+`objective`, `architecture`, `adapter`; and how to average.
 
     optimizer: adamw | {tezo: {variant: adam, rank: 64}} | {mezo: {...}} | {lozo: {...}}
     clip: off | {global: 1.0} | {adagc: {init: ema}}
@@ -8,6 +8,7 @@
     average: off | {keep: {every: 20}} | {sewa: {num_select: 5, held_out: more.txt}} | ema | lawa | ...
     objective: ntp | meap | {meap: {mask_ratio: 0.1}}
     architecture: plain | bc | htc | {ztt: {num_cycles: 3}}
+    adapter: none | {lora: {rank: 16, init: pissa}} | {hrp: {rank: 16}}
 
 A part is its name, or a mapping of its name to its options; the options are the fields of the part's own
 dataclass.
@@ -28,6 +29,7 @@ from weightsmith.training import DataSource
 from weightsmith.training.adagc.options import AdaGCOptions
 from weightsmith.training.alphadecay.options import AlphaDecayOptions
 from weightsmith.training.averaging.options import LEARNED, RUNNING, AveragingOptions, SeWAOptions
+from weightsmith.training.hrp.options import HRPAdapterOptions, LoRAOptions
 from weightsmith.training.lightsam.options import LightSAMOptions, SAMOptions
 from weightsmith.training.meap.options import MEAPOptions
 from weightsmith.training.parts import StateAverage
@@ -70,9 +72,16 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "average": ("off", "keep", *METHODS),
     "objective": ("ntp", "meap"),
     "architecture": ("plain", *PRESETS),
+    "adapter": ("none", "lora", "hrp"),
 }
 # Names that mean nothing is switched on.
-_USUAL = (("decay", "uniform"), ("objective", "ntp"), ("optimizer", "adamw"), ("architecture", "plain"))
+_USUAL = (
+    ("decay", "uniform"),
+    ("objective", "ntp"),
+    ("optimizer", "adamw"),
+    ("architecture", "plain"),
+    ("adapter", "none"),
+)
 _SEWA = tuple(field.name for field in dataclasses.fields(SeWAOptions) if field.name != "seed")
 
 
@@ -182,6 +191,13 @@ def _zeroth_order(kind: str, body: Mapping[str, Any]) -> tuple[Any, list[Problem
     return (None if problems else made), problems
 
 
+def _hrp(body: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
+    """The seed follows from the run's; the start is HRP's."""
+    fields = [field.name for field in dataclasses.fields(HRPAdapterOptions)]
+    problems = _unknown(body, [name for name in fields if name not in ("seed", "init", "init_batches")])
+    return (None, problems) if problems else validate(HRPAdapterOptions, body)
+
+
 def _cycled(name: str, body: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
     options, problems = validate(ZTTOptions, {**PRESETS[name], **body})
     if options is not None:
@@ -199,6 +215,8 @@ _READERS: Mapping[str, Any] = {
     "alphadecay": lambda body: validate(AlphaDecayOptions, body),
     "lightsam": lambda body: validate(LightSAMOptions, body),
     "meap": lambda body: validate(MEAPOptions, body),
+    "lora": lambda body: validate(LoRAOptions, body),
+    "hrp": lambda body: _hrp(body),
     "sam": lambda body: _sam(body, adaptive=False),
     "asam": lambda body: _sam(body, adaptive=True),
     **{name: partial(_cycled, name) for name in PRESETS},

@@ -37,6 +37,7 @@ class Train(TrainingStage, TrainConfig):
 
     kind: ClassVar[str] = "train"
     needs_weights: ClassVar[bool] = False
+    settled: ClassVar[tuple[str, ...]] = ("adapter",)
 
     def start(self, *args: Any, **kwargs: Any) -> None:
         """Train."""

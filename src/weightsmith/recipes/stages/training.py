@@ -19,7 +19,7 @@ from weightsmith.training.states import state_folder, state_lineage, state_specs
 
 METRICS, STATES = "metrics.jsonl", "states"
 # Written beside the metrics by the loop.
-ALPHADECAY, SELECTION = "alphadecay.jsonl", "selection.json"
+ALPHADECAY, SELECTION, ADAPTER = "alphadecay.jsonl", "selection.json", "adapter"
 # How often a run becomes durable changes nothing in its result.
 _NO_EFFECT = ("save_every", "keep_checkpoints")
 # Resident set of a process forked from one that has imported torch and transformers, without what grows with
@@ -150,6 +150,8 @@ class TrainingStage:
             outputs["states"] = STATES
         elif self.average is not None:
             outputs["selection"] = SELECTION
+        if self.adapter is not None and self.adapter.keeps_base:
+            outputs["adapter"] = ADAPTER
         return Done(outputs, as_record(plan(self, model, seed=self.seed_in(workspace)).config))
 
 

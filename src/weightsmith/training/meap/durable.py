@@ -51,13 +51,7 @@ class MaskedBatches(TrainerCallback):
         )  # accelerate's wrapper only passes on what it holds
         self._state, self._per_step = state, args.gradient_accumulation_steps
         self._number = state.global_step * self._per_step
-        self._collator = DataCollatorForMEAP(
-            loader.collate_fn,
-            self._tokenizer,
-            mask_token_id=self._mask.id,
-            options=self._options,
-            seed=self._seed,
-        )
+        self._collator = self._around(loader.collate_fn)
         loader.collate_fn = self._collate(self._collator)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -69,6 +63,17 @@ class MaskedBatches(TrainerCallback):
         """Leave model and tokenizer as they were."""
         strip_mask_token(self._network, self._tokenizer, self._mask)
 
+    def mask(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
+        """A batch of clean windows as batch `number` of the run would have it, for who trains before it
+        begins.
+        """
+        return _masked(self._around(lambda features: features), batch, (number, 0))
+
+    def _around(self, collate: Callable[[Any], dict[str, Any]]) -> DataCollatorForMEAP:
+        return DataCollatorForMEAP(
+            collate, self._tokenizer, mask_token_id=self._mask.id, options=self._options, seed=self._seed
+        )
+
     def _collate(self, collator: DataCollatorForMEAP) -> Callable[[Any], dict[str, Any]]:
         def collate(features: Any) -> dict[str, Any]:
             batch = collator.clean(features)
@@ -76,9 +81,15 @@ class MaskedBatches(TrainerCallback):
                 return batch  # training is over: an average measures losses
             position = divmod(self._number, self._per_step)
             self._number += 1
-            # Behind its last label a row has padding, or nothing that a loss depends on.
-            counts = (batch["labels"] != IGNORED).flip(1).cumsum(1).flip(1) > 0
-            masked = collator.mask({**batch, "attention_mask": counts.to(torch.long)}, position)
-            return {key: value for key, value in masked.items() if key != "attention_mask"}
+            return _masked(collator, batch, position)
 
         return collate
+
+
+def _masked(
+    collator: DataCollatorForMEAP, batch: dict[str, Any], position: tuple[int, int]
+) -> dict[str, Any]:
+    # Behind its last label a row has padding, or nothing that a loss depends on.
+    counts = (batch["labels"] != IGNORED).flip(1).cumsum(1).flip(1) > 0
+    masked = collator.mask({**batch, "attention_mask": counts.to(torch.long)}, position)
+    return {key: value for key, value in masked.items() if key != "attention_mask"}

@@ -1,0 +1,1 @@
+"""HRP: the direction in which a small LoRA starts, learnt by a large one."""

@@ -1,0 +1,506 @@
+"""HRP: a LoRA adapter begins in the direction that a much larger one took in a few steps.
+
+Problem  A LoRA adapter moves a matrix within the row space of A, and A begins at random: with a small rank,
+         or an A that is frozen, training has to do with a space that the task did not choose.
+Method   Beside the adapter of rank r a second one of rank R is trained for a few steps. The r leading right
+         singular vectors of its product B A^T become the rows of the small one's A; its B stays 0, so the
+         model is the base still. The large adapter, and its optimiser, are gone before training begins.
+         Weights are never touched, so quantised ones will do.
+Source   Chen, Wang, Fu, Shen, Jing, Tian, Tao, arXiv:2502.07739, which has no public code: that the singular
+         vectors are unit rows of A beside a B of 0, the preheat's rank, length, optimiser and scale are this
+         library's reading, each an option (`HRPOptions`).
+Cost     `preheat_steps` steps with an adapter of rank R, 16 bytes (M + N) R a layer meanwhile; then two QRs
+         of it and an SVD of R x R. Nothing of the size of a weight.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from weightsmith.errors import InputError, require
+from weightsmith.runs.progress import SILENT, Progress
+from weightsmith.runs.seeds import derive
+from weightsmith.training.hrp import preheat
+from weightsmith.training.hrp.factors import defect, filled, principal, shared_ranks
+from weightsmith.training.hrp.layers import Layer, find_layers
+from weightsmith.training.hrp.options import HRPOptions
+from weightsmith.training.hrp.report import HRPReport, LayerReport, read_cache, write_cache
+
+log = logging.getLogger(__name__)
+
+LEFT = ":B"
+"""What a name of a state dict ends with where its tensor belongs to B; without it the tensor is A."""
+_OWN_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "loftq", "mica")
+TrainStep = Callable[[nn.Module, int], Tensor]
+
+
+def model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that a model tells of a batch, moved to its device: `model(**batch).loss`."""
+    device = next(model.parameters()).device
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    found = model(**moved)
+    loss = found if isinstance(found, Tensor) else getattr(found, "loss", None)
+    if loss is None:
+        raise InputError(
+            f"{type(model).__name__} tells no loss of a batch with {', '.join(batch)}: expected labels, or a "
+            "forward_fn that gives the loss"
+        )
+    return loss
+
+
+def initialize_lora_hrp_weights(
+    model: nn.Module,
+    dataloader: Iterable[Any] | None = None,
+    *,
+    train_step: TrainStep | None = None,
+    hrp_state_dict: Mapping[str, Tensor] | None = None,
+    options: HRPOptions | None = None,
+    forward_fn: Callable[[nn.Module, Any], Tensor] = model_loss,
+    adapter_name: str = "default",
+    cache_file: str | Path | None = None,
+    overwrite: bool = False,
+    gather: bool = True,
+    show_progress_bar: bool = True,
+    progress: Progress | None = None,
+    **keywords: Any,
+) -> HRPReport:
+    """Give a fresh LoRA adapter the direction that the task wants, in place.
+
+    Call it after `get_peft_model` and before the optimiser is made. Without a state dict, exactly one of
+    `dataloader` and `train_step` trains the large adapter. In several processes each sees its own batches,
+    gradients are averaged, and all end with the bits of the first one.
+
+    Args:
+        model: A `PeftModel` with LoRA, or a model of transformers or diffusers with one added to it.
+        dataloader: Batches of the fine-tuning data; read again from the start where they are too few.
+        train_step: Takes the model and the number of the step, and returns the loss to go down.
+        hrp_state_dict: Directions of an earlier call (`get_hrp_state_dict`); nothing is trained.
+        options: Settings; fields of `HRPOptions` may be given as keywords instead.
+        forward_fn: Loss of the model on one batch of `dataloader`.
+        adapter_name: The adapter to initialise.
+        cache_file: Safetensors file that keeps the directions: read if it is there, else written.
+        overwrite: Initialise an adapter that has been trained already, which forgets what it learnt.
+        gather: Average gradients over processes; false where every process reads the same batches.
+        show_progress_bar: Show the steps of the preheat.
+        progress: Told about them instead.
+
+    Returns:
+        What was found, by layer.
+
+    Raises:
+        InputError: no LoRA model, an adapter that is trained or stands on changed weights, no data or two
+        kinds
+            of it, a loss that is no number, a state dict or cache of something else. The model is as it was.
+        MissingExtraError: peft is not installed.
+    """
+    made = _Call(model, options, adapter_name, overwrite, keywords)
+    if hrp_state_dict is not None:
+        if dataloader is not None or train_step is not None:
+            raise InputError(
+                "HRP: with hrp_state_dict nothing is trained: leave dataloader and train_step out"
+            )
+        made.load(hrp_state_dict)
+        return HRPReport(layers={}, losses=(), steps=0, skipped=tuple(made.skipped))
+    steps = made.options.steps_of(None)
+    identity = made.identity(steps)
+    cached = read_cache(cache_file, identity) if cache_file is not None else None
+    if cached is not None:
+        made.load(cached[0])
+        return cached[1]
+    step = _step_of(model, dataloader, train_step, forward_fn, steps)
+    state, report = made.found(step, steps, gather, _bar(progress, show_progress_bar), apply=True)
+    if cache_file is not None and _rank() == 0:
+        write_cache(cache_file, identity, state, report)
+    return report
+
+
+def get_hrp_state_dict(
+    model: nn.Module,
+    dataloader: Iterable[Any] | None = None,
+    *,
+    train_step: TrainStep | None = None,
+    options: HRPOptions | None = None,
+    forward_fn: Callable[[nn.Module, Any], Tensor] = model_loss,
+    adapter_name: str = "default",
+    gather: bool = True,
+    show_progress_bar: bool = True,
+    progress: Progress | None = None,
+    **keywords: Any,
+) -> dict[str, Tensor]:
+    """Directions of every layer for `initialize_lora_hrp_weights(hrp_state_dict=...)`; the model stays as it
+    is.
+
+    Arguments and errors are those of `initialize_lora_hrp_weights`.
+
+    Returns:
+        Rows for A, (r, in features) fp32 on the CPU, by the layer's name; with `assign` other than `A`
+        columns for B, (out features, r), by the name and `:B`.
+    """
+    made = _Call(model, options, adapter_name, True, keywords)
+    steps = made.options.steps_of(None)
+    step = _step_of(model, dataloader, train_step, forward_fn, steps)
+    return made.found(step, steps, gather, _bar(progress, show_progress_bar), apply=False)[0]
+
+
+class _Call:
+    """One initialisation: what it is about, checked."""
+
+    def __init__(
+        self,
+        model: Any,
+        options: HRPOptions | None,
+        adapter: str,
+        overwrite: bool,
+        keywords: Mapping[str, Any],
+    ) -> None:
+        require("peft", extra="hf", needed_by="HRP")
+        self.model, self.adapter, self.options = model, adapter, HRPOptions.of(options, **keywords)
+        configs = preheat.peft_configs(model)
+        if not configs:
+            hint = "; give the model inside DDP" if hasattr(model, "module") else ""
+            raise InputError(f"model must be a PeftModel; call get_peft_model first{hint}")
+        if adapter not in configs:
+            raise InputError(f"the model has no adapter `{adapter}`, found {', '.join(configs)}")
+        config = configs[adapter]
+        if not hasattr(config, "init_lora_weights"):
+            raise InputError(f"adapter `{adapter}` is a {type(config).__name__}; HRP needs LoRA")
+        preheat.active_adapter(model)
+        start = str(config.init_lora_weights).lower()
+        if start.startswith(_OWN_WEIGHTS):
+            raise InputError(
+                f"init_lora_weights={config.init_lora_weights!r} has begun the adapter from the weights, or "
+                "changed them; HRP needs init_lora_weights=True"
+            )
+        self.layers, self.skipped = find_layers(model, adapter)
+        if not self.layers:
+            raise InputError(
+                f"adapter `{adapter}` has no layer that HRP knows (linear, embedding, convolution without "
+                "groups)"
+            )
+        for layer in self.layers:
+            if layer.module.merged:
+                raise InputError(f"{layer.name}: adapters are merged into the weights; unmerge them first")
+            trained = layer.parameters(adapter)[0].detach()
+            if not overwrite and bool(trained.any()):
+                raise InputError(
+                    f"{layer.name}: the adapter is trained, its B is not 0, and HRP would discard a trained "
+                    "adapter; overwrite=True does so"
+                )
+        if self.skipped:
+            log.warning("HRP: no direction for %s: kinds of layers it doesn't know", ", ".join(self.skipped))
+
+    def identity(self, steps: int) -> dict[str, str]:
+        """What decides the directions, but for weights and data."""
+        own = {name: getattr(value, "__qualname__", str(value)) for name, value in vars(self.options).items()}
+        own["preheat_steps"] = str(steps)
+        ranks = preheat.preheat_ranks(self.layers, self.adapter, self.options)
+        for layer in self.layers:
+            own[f"layer {layer.name}"] = f"r={layer.module.r[self.adapter]} R={ranks[layer.name]}"
+        return own
+
+    def found(
+        self, step: preheat.Step, steps: int, gather: bool, progress: Progress, *, apply: bool
+    ) -> tuple[dict[str, Tensor], HRPReport]:
+        """Directions by preheating; written to the adapter with `apply`."""
+        ranks = preheat.preheat_ranks(self.layers, self.adapter, self.options)
+        joint = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        seconds = [time.perf_counter()]
+        with preheat.large_adapter(self.model, self.adapter, self.layers, ranks, self.options) as large:
+            losses = preheat.train(
+                large, step, steps, self.options, everywhere=joint and gather, progress=progress
+            )
+            seconds.append(time.perf_counter())
+            state, reports = self._extract(large)
+            if joint:
+                for tensor in state.values():
+                    _share(tensor)
+            seconds.append(time.perf_counter())
+            if apply and self.options.rank_energy is not None:
+                new = {n.removesuffix(LEFT): _rank_of(n, value) for n, value in state.items()}
+                self._replace(new)
+        if apply:
+            self._write(state)
+        report = HRPReport(
+            layers=reports,
+            losses=tuple(losses),
+            steps=steps,
+            skipped=tuple(self.skipped),
+            preheat_seconds=seconds[1] - seconds[0],
+            extract_seconds=seconds[2] - seconds[1],
+        )
+        return state, report
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Write directions that were found before.
+
+        Raises:
+            InputError: names or shapes that aren't those of the adapter's layers.
+        """
+        wanted = {name for layer in self.layers for name in self._names(layer)}
+        missing, unexpected = sorted(wanted - set(state)), sorted(set(state) - wanted)
+        if missing or unexpected:
+            words = [f"{len(missing)} missing ({missing[0]})"] if missing else []
+            words += [f"{len(unexpected)} unexpected ({unexpected[0]})"] if unexpected else []
+            raise InputError(f"hrp_state_dict is of another model or adapter: {', '.join(words)}")
+        ranks = {n.removesuffix(LEFT): _rank_of(n, value) for n, value in state.items()}
+        if self.options.rank_energy is not None:
+            with preheat.large_adapter(
+                self.model,
+                self.adapter,
+                self.layers,
+                dict.fromkeys((layer.name for layer in self.layers), 1),
+                self.options,
+            ):
+                self._replace(ranks)
+        for layer in self.layers:
+            sides = layer.sides
+            for name in self._names(layer):
+                size = sides[0] if name.endswith(LEFT) else sides[1]
+                shape = tuple(state[name].shape)
+                rank = layer.module.r[self.adapter]
+                expected = (size, rank) if name.endswith(LEFT) else (rank, size)
+                if shape[-2:] != expected:
+                    raise InputError(f"hrp_state_dict: {name} is {shape}, the adapter needs {expected}")
+        self._write(state)
+
+    def _names(self, layer: Layer) -> Iterator[str]:
+        if self.options.assign != "B":
+            yield layer.name
+        if self.options.assign != "A":
+            yield layer.name + LEFT
+
+    def _replace(self, ranks: Mapping[str, int]) -> None:
+        """Give the adapter other ranks."""
+        changed = {
+            layer.name: ranks[layer.name]
+            for layer in self.layers
+            if ranks[layer.name] != layer.module.r[self.adapter]
+        }
+        if changed:
+            preheat.replace_adapter(self.model, self.adapter, changed, self.layers)
+
+    @torch.no_grad()
+    def _extract(self, large: Sequence[Layer]) -> tuple[dict[str, Tensor], dict[str, LayerReport]]:
+        """Directions and what is told of each layer."""
+        products = {layer.name: _Product(layer) for layer in large}
+        # Spectra first where they decide ranks.
+        ranks = {layer.name: layer.module.r[self.adapter] for layer in self.layers}
+        if self.options.rank_energy is not None:
+            shared = [layer for layer in large if layer.kind != "experts" and products[layer.name].usable]
+            spectra = [products[layer.name].spectrum() for layer in shared]
+            own = [ranks[layer.name] for layer in shared]
+            ranks |= dict(
+                zip(
+                    (layer.name for layer in shared),
+                    shared_ranks(spectra, own, self.options.rank_energy),
+                    strict=True,
+                )
+            )
+        state: dict[str, Tensor] = {}
+        reports: dict[str, LayerReport] = {}
+        for layer in self.layers:
+            dtype = layer.parameters(self.adapter)[1].dtype
+            directions, reports[layer.name] = products[layer.name].directions(
+                ranks[layer.name],
+                derive(self.options.seed, "fill", layer.name),
+                self.options,
+                layer.module.scaling[self.adapter],
+                dtype,
+            )
+            for name in self._names(layer):
+                state[name] = directions[1 if name.endswith(LEFT) else 0].cpu().contiguous()
+        broken = [name for name, report in reports.items() if report.fallback == "not finite"]
+        if 2 * len(broken) > len(reports):
+            raise InputError(
+                f"preheat: {len(broken)} of {len(reports)} layers have NaN or infinite factors; lower "
+                "preheat_lr. The model is as it was"
+            )
+        for name, report in reports.items():
+            if report.fallback is not None:
+                log.warning("HRP: %s keeps a random direction: %s", name, report.fallback)
+        return state, reports
+
+    def _write(self, state: Mapping[str, Tensor]) -> None:
+        for layer in self.layers:
+            left, right = layer.left(self.adapter), layer.right(self.adapter)
+            new_left, new_right = torch.zeros_like(left), torch.zeros_like(right)
+            if self.options.assign != "B":
+                new_right = _stacked(state[layer.name]).mT.to(right)
+            if self.options.assign != "A":
+                new_left = _stacked(state[layer.name + LEFT]).to(left)
+            layer.write(self.adapter, new_left, new_right)
+
+
+class _Product:
+    """What the large adapter learnt in one layer."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.left, self.right = layer.left(preheat.PREHEAT), layer.right(preheat.PREHEAT)
+        self.scale = layer.module.scaling[preheat.PREHEAT]
+        self.finite = bool(self.left.isfinite().all() and self.right.isfinite().all())
+
+    @property
+    def usable(self) -> bool:
+        """Whether it has a direction at all."""
+        return self.finite and bool(self.left.any())
+
+    def spectrum(self) -> Tensor:
+        """Singular values, largest first."""
+        return principal(self.left[0], self.right[0], 1).triplets.s
+
+    def directions(
+        self, rank: int, seed: int, options: HRPOptions, scale: float, dtype: torch.dtype
+    ) -> tuple[tuple[Tensor, Tensor], LayerReport]:
+        """Rows for A and columns for B, stacked for experts, and what is told of them."""
+        rows, columns, values, fallback = [], [], [], None
+        known, away = rank, 0.0
+        for expert, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
+            own = derive(seed, expert) if len(self.left) > 1 else seed
+            if not self.finite or not bool(left.any()):
+                fallback = "no gradient reached it" if self.finite else "not finite"
+                v = _kept(right, rank, own) if self.finite else filled(right[:, :0].float(), rank, own)
+                u = filled(left[:, :0].float(), rank, own + 1)
+                s = torch.zeros(right.shape[1], dtype=v.dtype)
+                known = 0
+            else:
+                found = principal(left, right, rank, seed=own)
+                (u, s, v), known = found.triplets, min(known, found.known)
+            away = max(away, defect((u if options.assign == "B" else v).to(dtype)))
+            if options.assign == "both":
+                size = s[:rank].to(u) * (self.scale / scale)
+                if len(size) < u.shape[1]:
+                    size = torch.cat([size, size.new_zeros(u.shape[1] - len(size))])
+                u = u * size
+            else:
+                u, v = u * options.length, v * options.length
+            rows.append(v.mT)
+            columns.append(u)
+            values.append(s)
+        spectrum = torch.stack(values).double().square().mean(0).sqrt()
+        total = float(spectrum.square().sum())
+        following = float(spectrum[rank]) if rank < len(spectrum) else 0.0
+        report = LayerReport(
+            rank=rank,
+            preheat_rank=self.right.shape[-1],
+            singular_values=tuple(float(f"{value:.6g}") for value in spectrum.tolist()),
+            captured=float(spectrum[:rank].square().sum()) / total if total else 0.0,
+            gap=float(spectrum[rank - 1]) / following if following and rank <= len(spectrum) else None,
+            known=known,
+            defect=away,
+            fallback=fallback,
+        )
+        one = len(rows) == 1
+        return (rows[0] if one else torch.stack(rows), columns[0] if one else torch.stack(columns)), report
+
+
+def _kept(right: Tensor, rank: int, seed: int) -> Tensor:
+    """The first directions that the large adapter began with: nothing has moved them."""
+    basis = torch.linalg.qr(right.float())[0]
+    return filled(basis, rank, seed)
+
+
+def _stacked(value: Tensor) -> Tensor:
+    return value if value.ndim == 3 else value[None]
+
+
+def _rank_of(name: str, value: Tensor) -> int:
+    return value.shape[-1] if name.endswith(LEFT) else value.shape[-2]
+
+
+def _step_of(
+    model: nn.Module,
+    dataloader: Iterable[Any] | None,
+    train_step: TrainStep | None,
+    forward_fn: Callable[[nn.Module, Any], Tensor],
+    steps: int,
+) -> preheat.Step:
+    """Forward and backward of one step."""
+    if (dataloader is None) == (train_step is None):
+        found = "none" if dataloader is None else "both"
+        raise InputError(
+            f"HRP needs one of dataloader, train_step and hrp_state_dict, found {found} of the first two"
+        )
+    if train_step is not None:
+
+        def by_user(number: int) -> float:
+            loss = train_step(model, number)
+            loss.backward()
+            return float(loss.detach())
+
+        return by_user
+    assert dataloader is not None
+    batches = _endless(dataloader, steps)
+
+    def by_batch(number: int) -> float:
+        loss = forward_fn(model, next(batches))
+        loss.backward()
+        return float(loss.detach())
+
+    return by_batch
+
+
+def _endless(dataloader: Iterable[Any], steps: int) -> Iterator[Any]:
+    """Batches, again from the start where they end.
+
+    Raises:
+        InputError: there are none, or what gives them can be read only once.
+    """
+    count = told = 0
+    while True:
+        before = count
+        for batch in dataloader:
+            count += 1
+            yield batch
+        if count == before:
+            if count:
+                raise InputError(
+                    f"dataloader ended after {count} batches of {steps} preheat steps and can't be read again"
+                )
+            raise InputError("dataloader is empty: the preheat has nothing to learn from")
+        if not told:
+            log.warning("HRP: the data ended after %d of %d preheat steps and is read again", count, steps)
+        told = 1
+
+
+class _Bar:
+    """A progress bar as other parts of PEFT show it."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def start(self, label: str, total: float, unit: str) -> None:
+        from tqdm.auto import tqdm
+
+        self._bar = tqdm(total=total, desc=f"HRP: {label}", unit=unit)
+
+    def advance(self, amount: float) -> None:
+        self._bar.update(amount)
+
+    def done(self) -> None:
+        self._bar.close()
+
+
+def _bar(progress: Progress | None, shown: bool) -> Progress:
+    return progress if progress is not None else _Bar() if shown and _rank() == 0 else SILENT
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _share(tensor: Tensor) -> None:
+    """Every process takes the first one's bits: libraries of different machines leave others."""
+    if dist.get_backend() == "nccl":  # knows no CPU memory
+        moved = tensor.cuda()
+        dist.broadcast(moved, 0)
+        tensor.copy_(moved)
+    else:
+        dist.broadcast(tensor, 0)

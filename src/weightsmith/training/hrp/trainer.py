@@ -1,0 +1,176 @@
+"""HRP in the Hugging Face Trainer and in what is made from it, such as TRL's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from weightsmith.errors import InputError
+from weightsmith.runs.atomic import read_json
+from weightsmith.runs.progress import Progress
+from weightsmith.runs.seeds import derive
+from weightsmith.training.hrp.initialize import initialize_lora_hrp_weights
+from weightsmith.training.hrp.options import HRPOptions
+from weightsmith.training.hrp.preheat import active_adapter, peft_configs
+from weightsmith.training.hrp.report import FILE, HRPReport
+
+_Base = Trainer if TYPE_CHECKING else object
+
+
+class HRPTrainerMixin(_Base):
+    """A Trainer that finds the direction of its model's LoRA adapter before anything of the training is made.
+
+    Put it before the Trainer: `class MyTrainer(HRPTrainerMixin, SFTTrainer)`. The preheat has the Trainer's
+    own batches, in an order of its own, its loss, its learning rate and its number of micro-batches. Where
+    `max_steps` is set, the preheat's steps are taken from them (`count_preheat`). A run that goes on from a
+    checkpoint has its direction already. `hrp.json` lies beside every saved adapter.
+
+    Args:
+        *args: As the Trainer's; the model is a `PeftModel` with a fresh LoRA adapter.
+        hrp: Settings.
+        hrp_progress: Told about the preheat's steps in place of a bar.
+        **kwargs: As the Trainer's.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        hrp: HRPOptions | None = None,
+        hrp_progress: Progress | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.hrp = hrp or HRPOptions()
+        self.hrp_report: HRPReport | None = None
+        self._hrp_progress = hrp_progress
+        self.add_callback(_Tell(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, after the preheat.
+
+        Raises:
+            InputError: as `initialize_lora_hrp_weights`; `model_init`, whose model is made too late.
+        """
+        if self.model_init is not None:
+            raise InputError("HRPTrainerMixin: model_init makes the model too late; give the model")
+        most = self.args.max_steps
+        steps = self.hrp.steps_of(self._hrp_total())
+        if most > 0 and self.hrp.count_preheat:
+            if steps >= most:
+                raise InputError(f"preheat_steps: {steps} of max_steps={most} leave no training")
+            self.args.max_steps = most - steps
+        try:
+            if not resume_from_checkpoint:
+                self._hrp_begin(steps)
+            elif isinstance(resume_from_checkpoint, str):
+                file = Path(resume_from_checkpoint) / FILE
+                self.hrp_report = HRPReport.from_json(read_json(file)) if file.exists() else None
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.args.max_steps = most
+
+    def _hrp_total(self) -> int:
+        """Steps of the run."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        batches = len(self.get_train_dataloader())
+        return math.ceil(batches / self.args.gradient_accumulation_steps * self.args.num_train_epochs)
+
+    def _hrp_begin(self, steps: int) -> None:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        options = dataclasses.replace(
+            self.hrp, preheat_steps=steps, preheat_lr=self.hrp.preheat_lr or self.args.learning_rate
+        )
+        batches = self._hrp_batches()
+
+        def train_step(model: nn.Module, number: int) -> torch.Tensor:
+            samples, items = self.get_batch_samples(
+                batches, self.args.gradient_accumulation_steps, self.args.device
+            )
+            scaled = self.compute_loss_func is not None or (
+                self.model_accepts_loss_kwargs and items is not None
+            )
+            total = torch.zeros((), device=self.args.device)
+            for position, inputs in enumerate(samples):
+                with self.compute_loss_context_manager():
+                    loss: Any = self.compute_loss(
+                        model, self._prepare_inputs(inputs), num_items_in_batch=items
+                    )
+                loss = loss if scaled else loss / len(samples)
+                if position < len(samples) - 1:
+                    loss.backward()
+                    loss = loss.detach()
+                total = total + loss
+            return total
+
+        try:
+            self.hrp_report = initialize_lora_hrp_weights(
+                model,
+                train_step=train_step,
+                options=options,
+                adapter_name=_active(model),
+                show_progress_bar=not self.args.disable_tqdm,
+                progress=self._hrp_progress,
+            )
+        finally:
+            batches.close()
+
+    def _hrp_batches(self) -> Generator[Any]:
+        """Batches in an order that training won't have, without end; made when the preheat's random states
+        are those that come back.
+        """
+        torch.manual_seed(derive(self.args.seed, "hrp data") % 2**63)
+        loader = self.get_train_dataloader()
+        try:
+            while True:
+                yield from loader
+        finally:
+            if hasattr(loader, "end"):  # accelerate takes a loader that was left for the one in use
+                loader.end()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.hrp_report is not None:
+            self.hrp_report.save(output_dir or self.args.output_dir or ".")
+
+
+def _active(model: Any) -> str:
+    """The adapter to initialise; a model without one is told so later."""
+    return (active_adapter(model) if peft_configs(model) else None) or "default"
+
+
+class HRPTrainer(HRPTrainerMixin, Trainer):
+    """A Trainer whose LoRA adapter begins in the direction that HRP finds.
+
+    Example:
+        >>> # HRPTrainer(get_peft_model(model, config), args, train_dataset=data,
+        hrp=HRPOptions(preheat_steps=50))
+    """
+
+
+class _Tell(TrainerCallback):
+    """Log what the preheat did, once everything that logs is set up."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write one line."""
+        report = self._trainer.hrp_report
+        if report is None or state.global_step or not report.losses:
+            return
+        self._trainer.log(
+            {
+                "hrp/steps": report.steps,
+                "hrp/first_loss": report.losses[0],
+                "hrp/last_loss": report.losses[-1],
+                "hrp/captured": report.captured,
+            }
+        )

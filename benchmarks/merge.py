@@ -1,7 +1,9 @@
 """Merges of Llama-shaped checkpoints: Weightsmith against mergekit, as whole commands.
 
-    python benchmarks/merge.py [--sizes 0.4B,1B] [--methods linear,ties,dare_ties] [--rounds 3,1]
+    python benchmarks/merge.py [--sizes 0.4B,1B] [--methods linear,ties,...] [--rounds 3,1]
                                [--folder DIR] [--out benchmarks/results/merge.json]
+
+What is measured replaces its own rows of the results; other rows stay.
 
 Makes one base and three fine-tunes in bfloat16 (random weights of std 0.02, changes of std 5e-4), writes
 one page of mergekit's for each method and gives it to both programs, in turns, inputs in the page cache.
@@ -17,6 +19,7 @@ parent's.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -25,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,29 +41,79 @@ SIZES = {
     "0.4B": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "vocab_size": 32000},
     "1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 17, "vocab_size": 32000},
 }
-MODELS = ("base", "m1", "m2", "m3")
-PARAMETERS: dict[str, dict[str, Any]] = {
-    "linear": {"weight": 1.0},
-    "ties": {"weight": 1.0, "density": 0.2},
-    "dare_ties": {"weight": 1.0, "density": 0.5},
+THREE = ("m1", "m2", "m3")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What both programs do under one method's name.
+
+    Attributes:
+        models: Those merged.
+        parameters: On the page, for all of them.
+        base: Whether the page names the base.
+        agreement: What the outputs have to share, a key of `AGREEMENT`.
+    """
+
+    models: tuple[str, ...] = THREE
+    parameters: dict[str, Any] = field(default_factory=dict)
+    base: bool = True
+    agreement: str = "places"
+
+    @property
+    def read(self) -> list[str]:
+        """Folders that are read, the base first."""
+        return (["base"] if self.base else []) + [name for name in self.models if name != "base"]
+
+    def page(self, method: str, inputs: Path) -> dict[str, Any]:
+        """The page both programs get."""
+        page: dict[str, Any] = {
+            "merge_method": method,
+            "models": [{"model": str(inputs / name)} for name in self.models],
+            "parameters": self.parameters,
+            "dtype": "float32",
+            "out_dtype": "bfloat16",
+        }
+        return page | ({"base_model": str(inputs / "base")} if self.base else {})
+
+
+JOBS = {
+    "linear": Job(parameters={"weight": 1.0}, base=False),
+    "ties": Job(parameters={"weight": 1.0, "density": 0.2}, agreement="selection"),
+    "dare_ties": Job(parameters={"weight": 1.0, "density": 0.5}, agreement="law"),
+    "dare_linear": Job(parameters={"weight": 1.0, "density": 0.5}, agreement="law"),
+    "della": Job(parameters={"weight": 1.0, "density": 0.5, "epsilon": 0.15}, agreement="law"),
+    "della_linear": Job(parameters={"weight": 1.0, "density": 0.5, "epsilon": 0.15}, agreement="law"),
+    "breadcrumbs": Job(parameters={"weight": 1.0, "density": 0.5, "gamma": 0.01}, agreement="selection"),
+    "breadcrumbs_ties": Job(parameters={"weight": 1.0, "density": 0.5, "gamma": 0.01}, agreement="selection"),
+    "task_arithmetic": Job(parameters={"weight": 0.4}),
+    "model_stock": Job(),
+    "sce": Job(parameters={"select_topk": 0.5}, agreement="selection"),
+    "ram": Job(parameters={"epsilon": 1e-4}, agreement="selection"),
+    "ramplus_tl": Job(parameters={"epsilon": 1e-4}, agreement="selection"),
+    "slerp": Job(models=("base", "m1"), parameters={"t": 0.4}),
+    "nuslerp": Job(models=("m1", "m2"), parameters={"weight": 1.0}, base=False),
+    "multislerp": Job(parameters={"weight": 1.0}, base=False),
+    "karcher": Job(base=False),
+    "nearswap": Job(models=("m1",), parameters={"t": 5e-4}),
+    "arcee_fusion": Job(models=("m1",), agreement="shapes"),
+    "passthrough": Job(models=("m1",), base=False),
 }
 AGREEMENT = {
-    "linear": (
-        "equal, but for the last bfloat16 place in at most 1 of 1,000 entries: sums are rounded in another "
-        "order"
-    ),
-    "ties": (
-        "equal to the last bfloat16 place, outside entries whose change is as large as the last one kept: "
-        "mergekit's unstable sort keeps any of those, Weightsmith the lower index; at most 1 of 20 entries"
-    ),
-    "dare_ties": "random: mean magnitude of the change within 1 % and share of changed entries within 0.01",
+    "places": "equal, but for the last bfloat16 place (or what float32 rounds) in at most 1 of 100 entries: "
+    "sums are rounded in another order",
+    "selection": "equal to the last bfloat16 place, outside entries at the threshold that one keeps and the "
+    "other doesn't (mergekit's unstable sort keeps any of equal magnitude): at most 1 of 20",
+    "shapes": "shapes alone: of rows as near as these mergekit's divergence is what float32 rounds, so each "
+    "keeps other entries",
+    "law": "random: mean magnitude of the change within 1 % and share of changed entries within 0.01",
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", default="0.4B,1B")
-    parser.add_argument("--methods", default="linear,ties,dare_ties")
+    parser.add_argument("--methods", default=",".join(JOBS))
     parser.add_argument("--rounds", default="3,1", help="one number a size")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser.add_argument("--folder", type=Path, default=cache / "weightsmith" / "benchmarks")
@@ -68,11 +122,14 @@ def main() -> None:
     if not THEIRS.exists():
         sys.exit(f"{THEIRS} is missing: `make peers` installs mergekit")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    results = []
+    known = json.loads(options.out.read_text())["results"] if options.out.exists() else []
+    found = {(result["size"], result["method"]): result for result in known}
+    results: list[dict[str, Any]] = []
     for size, rounds in zip(options.sizes.split(","), options.rounds.split(","), strict=True):
         for method in options.methods.split(","):
-            results.append(compete(options.folder, size, method, int(rounds)))
+            found[size, method] = compete(options.folder, size, method, int(rounds))
             # Written after each: an hour of rounds should not be lost to the last one.
+            results = [found[key] for key in itertools.product(SIZES, JOBS) if key in found]
             options.out.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
             options.out.with_suffix(".md").write_text(table(results))
     print(table(results))
@@ -82,10 +139,10 @@ def compete(folder: Path, size: str, method: str, rounds: int) -> dict[str, Any]
     """All rounds of one method at one size."""
     inputs = folder / size
     helper("make", str(inputs), json.dumps(SIZES[size]))
-    names = MODELS if method != "linear" else MODELS[1:]
-    read = [inputs / name for name in names]
+    job = JOBS[method]
+    read = [inputs / name for name in job.read]
     page = inputs / f"{method}.yml"
-    page.write_text(json.dumps(page_of(method, inputs)))  # JSON is YAML
+    page.write_text(json.dumps(job.page(method, inputs)))  # JSON is YAML
     commands = {
         "weightsmith": [str(OURS), "merge", str(page), str(inputs / "ours"), "--json"],
         "mergekit": [str(THEIRS), str(page), str(inputs / "theirs"), "--quiet"],
@@ -106,7 +163,7 @@ def compete(folder: Path, size: str, method: str, rounds: int) -> dict[str, Any]
             runs[name].append(measured(command))
             print(f"{size} {method} {name}: {runs[name][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
             if number == 0 and name == "mergekit":
-                agreement = json.loads(helper("compare", method, str(inputs)))
+                agreement = json.loads(helper("compare", job.agreement, str(inputs)))
                 written = sum(file.stat().st_size for file in (inputs / "ours").iterdir())
                 if not agreement["agrees"]:
                     sys.exit(f"{size} {method}: the outputs differ: {agreement}")
@@ -134,7 +191,7 @@ def summary(size: str, method: str, runs: dict[str, list[dict[str, Any]]], agree
     return {
         "size": size,
         "method": method,
-        "page": PARAMETERS[method] | {"dtype": "float32", "out_dtype": "bfloat16"},
+        "page": JOBS[method].parameters | {"dtype": "float32", "out_dtype": "bfloat16"},
         "config": SIZES[size],
         "rounds": len(ratios),
         "seconds": median,
@@ -144,7 +201,7 @@ def summary(size: str, method: str, runs: dict[str, list[dict[str, Any]]], agree
         "merge_over_copy": inside / median["cp -r"],
         "memory_bytes": memory,
         "memory_ratio": memory["mergekit"] / memory["weightsmith"],
-        "agreement": agreement | {"tolerance": AGREEMENT[method]},
+        "agreement": agreement | {"tolerance": AGREEMENT[JOBS[method].agreement]},
         "runs": runs,
     }
 
@@ -175,17 +232,6 @@ def table(results: list[dict[str, Any]]) -> str:
             f"| {result['merge_over_copy']:.2f} | {result['prediction']['seconds_ratio']:.2f} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def page_of(method: str, inputs: Path) -> dict[str, Any]:
-    """The page both programs get."""
-    page: dict[str, Any] = {
-        "merge_method": method,
-        "models": [{"model": str(inputs / name), "parameters": PARAMETERS[method]} for name in MODELS[1:]],
-        "dtype": "float32",
-        "out_dtype": "bfloat16",
-    }
-    return page if method == "linear" else page | {"base_model": str(inputs / "base")}
 
 
 def measured(command: list[str]) -> dict[str, Any]:

@@ -5,7 +5,8 @@
     skills   the base has room: each skill is between chance + 10 and 75 points, and every S_ fine-tune gains
              >= 10 points on its own skills
 
-All numbers are from the test pools, mild flavour. Three seeds; a gate holds when it holds for each of them.
+All numbers are from the test pools, mild flavour. Three seeds, none of them met while dials and schedule were
+chosen; a gate holds when it holds for each of them.
 
     python evidence/testbed.py            writes evidence/results/testbed.json and testbed.md
     python evidence/testbed.py --quick    a few steps, to see that everything runs; writes to --out only
@@ -191,7 +192,7 @@ def run(size: str, seeds: Sequence[int], amount: Mapping[str, int], **steps: Any
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "one seed, a few steps")
+    parser = parser_of(__doc__, "one seed, a few steps", seeds=(6, 7, 8))
     parser.add_argument("--size", default="xs")
     chosen = parser.parse_args()
     if chosen.quick:

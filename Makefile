@@ -55,6 +55,7 @@ bench: setup peers
 	@$(BIN)/python benchmarks/tezo.py
 	@$(BIN)/python benchmarks/meap.py
 	@$(BIN)/python benchmarks/ztt.py
+	@$(BIN)/python benchmarks/hrp.py
 
 clean:
 	rm -rf runs docs/_build .pytest_cache .ruff_cache

@@ -79,7 +79,7 @@ def initialize_lora_hrp_weights(
     gradients are averaged, and all end with the bits of the first one.
 
     Args:
-        model: A `PeftModel` with LoRA, or a model of transformers or diffusers with one added to it.
+        model: A `PeftModel` with LoRA, or a model with one put in by transformers' own `add_adapter`.
         dataloader: Batches of the fine-tuning data; read again from the start where they are too few.
         train_step: Takes the model and the number of the step, and returns the loss to go down.
         hrp_state_dict: Directions of an earlier call (`get_hrp_state_dict`); nothing is trained.
@@ -218,7 +218,7 @@ class _Call:
                 large, step, steps, self.options, everywhere=joint and gather, progress=progress
             )
             seconds.append(time.perf_counter())
-            state, reports = self._extract(large)
+            state, reports = self._extract(large, joint=joint)
             if joint:
                 for tensor in state.values():
                     _share(tensor)
@@ -288,22 +288,20 @@ class _Call:
             preheat.replace_adapter(self.model, self.adapter, changed, self.layers)
 
     @torch.no_grad()
-    def _extract(self, large: Sequence[Layer]) -> tuple[dict[str, Tensor], dict[str, LayerReport]]:
+    def _extract(
+        self, large: Sequence[Layer], *, joint: bool
+    ) -> tuple[dict[str, Tensor], dict[str, LayerReport]]:
         """Directions and what is told of each layer."""
         products = {layer.name: _Product(layer) for layer in large}
-        # Spectra first where they decide ranks.
         ranks = {layer.name: layer.module.r[self.adapter] for layer in self.layers}
         if self.options.rank_energy is not None:
             shared = [layer for layer in large if layer.kind != "experts" and products[layer.name].usable]
             spectra = [products[layer.name].spectrum() for layer in shared]
             own = [ranks[layer.name] for layer in shared]
-            ranks |= dict(
-                zip(
-                    (layer.name for layer in shared),
-                    shared_ranks(spectra, own, self.options.rank_energy),
-                    strict=True,
-                )
-            )
+            new = torch.tensor(shared_ranks(spectra, own, self.options.rank_energy))
+            if joint:  # shapes of what is shared below
+                _share(new)
+            ranks |= zip((layer.name for layer in shared), new.tolist(), strict=True)
         state: dict[str, Tensor] = {}
         reports: dict[str, LayerReport] = {}
         for layer in self.layers:

@@ -184,8 +184,7 @@ def replace_adapter(model: Any, adapter: str, ranks: Mapping[str, int], layers: 
     """
     config = copy.deepcopy(peft_configs(model)[adapter])
     before = {layer.name: (layer.module.r[adapter], layer.module.scaling[adapter]) for layer in layers}
-    config.rank_pattern = {**config.rank_pattern}
-    config.alpha_pattern = {**config.alpha_pattern}
+    config.layer_replication = None  # done when the first adapter came
     for name, rank in ranks.items():
         scale = before[name][1]
         pattern = f"^{re.escape(name)}"
@@ -206,7 +205,7 @@ def _config(model: Any, adapter: str, ranks: Mapping[str, int]) -> tuple[str, An
     config.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
     config.alpha_pattern = dict(config.rank_pattern)
     config.init_lora_weights, config.lora_dropout, config.use_rslora = True, 0.0, False
-    config.bias, config.modules_to_save = "none", None
+    config.bias, config.modules_to_save, config.layer_replication = "none", None, None
     if getattr(config, "trainable_token_indices", None) is not None:
         config.trainable_token_indices = None
     config.inference_mode = False

@@ -60,7 +60,7 @@ DESCENT = 0.3
 # The text.
 RANK, PREHEAT, LARGE = 2, 15, 64
 STEPS, FROZEN_STEPS = 150, 120
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 FULL_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 LAYERS = ["qkv", "out", "up", "down"]
 QUIET = {"show_progress_bar": False}

@@ -43,6 +43,16 @@ stages:
       sharpness: {lightsam: {betas: [0.9, 0.95]}}
       average: {keep: {start: 0.25, every: 1}}
   one: {finetune: {<<: *short, model: base, sharpness: sam, average: {ema: {start: 0.2, every: 1}}}}
+  two:
+    finetune:
+      model: base
+      data: FOLDER/b.txt
+      sequence_length: 32
+      batch_size: 2
+      steps: 8
+      save_every: 2
+      average: {ema: {start: 0.2, every: 1}}
+      adapter: {hrp: {rank: 2, preheat_steps: 3}}
   merged: {average: {states: base, method: {sewa: {num_select: 2, steps: 6, held_out: FOLDER/b.txt}}}}
   scores: {evaluate: {models: [base, one, merged], tasks: [FOLDER/a.txt]}}
 """

@@ -475,6 +475,27 @@ def test_a_model_of_transformers_with_an_adapter_of_its_own_works(gpt2):
     torch.testing.assert_close(rows @ rows.mT, torch.eye(2), rtol=0, atol=1e-5)
 
 
+def test_gradient_checkpointing_goes_on_without_dropout(gpt2):
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(gpt2, dtype=torch.float32)
+    base.gradient_checkpointing_enable()
+    base.enable_input_require_grads()
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True))
+    model.eval()
+    ids, modes = torch.arange(24).reshape(2, 12), []
+
+    def step(model, number):
+        modes.append({type(m).__name__: m.training for m in model.modules()})
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    report = initialize_lora_hrp_weights(model, train_step=step, preheat_steps=2, show_progress_bar=False)
+    assert modes[0]["GPT2Block"]
+    assert not modes[0]["Dropout"]
+    assert all(layer.fallback is None for layer in report.layers.values())
+    assert not model.training
+
+
 def test_ranks_shared_out_by_energy_keep_their_sum_and_the_adapters_scale():
     model = text_model(use_rslora=True, lora_alpha=5, rank_pattern={"head": 4})
     scales = {n: m.scaling["default"] for n, m in model.named_modules() if hasattr(m, "scaling")}

@@ -19,10 +19,11 @@ class Net(nn.Module):
         torch.manual_seed(0)
         self.body = nn.Linear(6, 8)
         self.head = nn.Linear(8, 3)
-        self.seen = []
+        self.seen, self.narrow = [], []
 
     def forward(self, x, labels=None):
         self.seen.append(x[:, 0].tolist())
+        self.narrow.append(torch.is_autocast_enabled("cpu"))
         loss = nn.functional.cross_entropy(self.head(torch.tanh(self.body(x))), labels)
         return {"loss": loss}
 
@@ -118,6 +119,13 @@ def test_a_resumed_run_keeps_its_direction_and_ends_as_an_undisturbed_one(traine
         assert torch.equal(parameter, wanted[name]), name
     saved = json.loads((tmp_path / "out" / "checkpoint-6" / "hrp.json").read_text())
     assert saved == undisturbed.hrp_report.to_json() == again.hrp_report.to_json()
+
+
+def test_the_preheat_has_the_arithmetic_of_the_training(trainer):
+    for narrow in (False, True):
+        run = trainer(bf16=narrow)
+        run.train()
+        assert run.model.base_model.model.narrow == [narrow] * 8
 
 
 def test_epochs_decide_the_length_where_no_steps_do(trainer):

@@ -99,7 +99,8 @@ class HRPTrainerMixin(_Base):
             )
             total = torch.zeros((), device=self.args.device)
             for position, inputs in enumerate(samples):
-                with self.compute_loss_context_manager():
+                # The engine that training will have around the model isn't there yet, nor its arithmetic.
+                with self.compute_loss_context_manager(), self.accelerator.autocast():
                     loss: Any = self.compute_loss(
                         model, self._prepare_inputs(inputs), num_items_in_batch=items
                     )

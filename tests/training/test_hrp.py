@@ -786,7 +786,7 @@ def test_layers_of_other_kinds_are_named_once_and_alone_are_no_model(caplog):
         initialize(text_model(target_modules=["grouped"]))
 
 
-def test_adapters_that_are_sharded_or_have_no_memory_are_refused():
+def test_adapters_without_memory_are_refused():
     model = copy.deepcopy(matrix_model()).to("meta")
     with pytest.raises(InputError, match="layer: its adapter has no memory yet"):
         initialize(model)

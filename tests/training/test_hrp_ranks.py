@@ -14,11 +14,12 @@ def ranks(run_ranks):
 def test_processes_with_parts_of_a_batch_find_the_directions_of_the_whole(ranks):
     alone = ranks[0]["alone"]
     for results in ranks:
-        for name, value in results["parts"].items():
-            torch.testing.assert_close(value, alone[name], rtol=0, atol=1e-6)
+        for kind in ("parts", "sharded"):  # replicas, and FSDP2
+            for name, value in results[kind].items():
+                torch.testing.assert_close(value, alone[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["parts", "branches", "same"])
+@pytest.mark.parametrize("kind", ["parts", "sharded", "branches", "same"])
 def test_all_processes_have_the_same_bits(ranks, kind):
     for name, value in ranks[0][kind].items():
         assert torch.equal(value, ranks[1][kind][name]), name

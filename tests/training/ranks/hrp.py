@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from weightsmith.training import initialize_lora_hrp_weights
 
@@ -29,10 +31,13 @@ def batch(step):
     return torch.randn(8, 12, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
 
 
-def directions(rows, branch=False, **more):
+def directions(rows, branch=False, shard=False, **more):
     model = get_peft_model(
         Net(), LoraConfig(r=2, target_modules=["body", "unused", "head"]), autocast_adapter_dtype=False
     )
+    if shard:
+        fully_shard(model.base_model.model.body)
+        fully_shard(model)
     torch.manual_seed(os.getpid())  # what processes draw by themselves doesn't matter
     report = initialize_lora_hrp_weights(
         model,
@@ -43,6 +48,9 @@ def directions(rows, branch=False, **more):
         **more,
     )
     found = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
+    if shard:
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        found = {name: p.full_tensor() for name, p in found.items()}
     return {**found, "losses": torch.tensor(report.losses, dtype=torch.float64)}
 
 
@@ -58,6 +66,7 @@ def main(folder):
     results = {
         "alone": alone,
         "parts": directions(slice(4 * rank, 4 * rank + 4)),
+        "sharded": directions(slice(4 * rank, 4 * rank + 4), shard=True),
         "same": directions(slice(None), gather=False),
         # A branch that one process takes and the other doesn't: both must exchange the same numbers.
         "branches": directions(slice(None), branch=rank == 1),

@@ -76,7 +76,7 @@ def initialize_lora_hrp_weights(
 
     Call it after `get_peft_model` and before the optimiser is made. Without a state dict, exactly one of
     `dataloader` and `train_step` trains the large adapter. In several processes each sees its own batches,
-    gradients are averaged, and all end with the bits of the first one.
+    gradients are averaged, and all end with the bits of the first one; the model may be sharded by FSDP2.
 
     Args:
         model: A `PeftModel` with LoRA, or a model with one put in by transformers' own `add_adapter`.
@@ -188,8 +188,7 @@ class _Call:
         for layer in self.layers:
             if layer.module.merged:
                 raise InputError(f"{layer.name}: adapters are merged into the weights; unmerge them first")
-            trained = layer.parameters(adapter)[0].detach()
-            if not overwrite and bool(trained.any()):
+            if not overwrite and bool(layer.left(adapter).any()):
                 raise InputError(
                     f"{layer.name}: the adapter is trained, its B is not 0, and HRP would discard a trained "
                     "adapter; overwrite=True does so"

@@ -47,7 +47,7 @@ class Layer:
 
     def left(self, adapter: str) -> Tensor:
         """(E, M, R), E = 1 but for experts."""
-        stored = self.parameters(adapter)[0].detach()
+        stored = _whole(self.parameters(adapter)[0])
         if self.kind == "embedding":
             return stored.mT[None]
         if self.kind == "experts":
@@ -56,7 +56,7 @@ class Layer:
 
     def right(self, adapter: str) -> Tensor:
         """(E, N, R)."""
-        stored = self.parameters(adapter)[1].detach()
+        stored = _whole(self.parameters(adapter)[1])
         if self.kind == "embedding":
             return stored[None]
         if self.kind == "experts":
@@ -65,17 +65,26 @@ class Layer:
 
     @torch.no_grad()
     def write(self, adapter: str, left: Tensor, right: Tensor) -> None:
-        """Put (E, M, R) and (E, N, R) where the adapter keeps them, in its dtype and memory."""
+        """Put (E, M, R) and (E, N, R) where the adapter keeps them, in its dtype and memory; of a sharded one
+        each process keeps its part.
+        """
         for stored, values in zip(
             self.parameters(adapter), (self._stored_left(left), self._stored_right(right)), strict=True
         ):
-            stored.data.copy_(values.reshape(stored.shape))
+            values = values.reshape(stored.shape).to(stored.dtype)
+            if _is_sharded(stored):
+                from torch.distributed.tensor import distribute_tensor
+
+                values = distribute_tensor(values, stored.device_mesh, stored.placements)  # type: ignore
+            stored.data.copy_(values)
 
     @property
     def sides(self) -> tuple[int, int]:
         """M and N."""
-        adapter = next(iter(self.module.r))
-        return self.left(adapter).shape[1], self.right(adapter).shape[1]
+        left, right = (stored.shape for stored in self.parameters(next(iter(self.module.r))))
+        if self.kind == "embedding":
+            return left[1], right[0]
+        return left[0], right[1:].numel()
 
     @property
     def _experts(self) -> int:
@@ -96,7 +105,7 @@ def find_layers(model: nn.Module, adapter: str) -> tuple[list[Layer], list[str]]
     """The LoRA layers that have `adapter`, shared factors once; and names of those that can't be read.
 
     Raises:
-        InputError: factors that are sharded.
+        InputError: factors without memory, or in parts that only DeepSpeed can read.
     """
     found: list[Layer] = []
     skipped: list[str] = []
@@ -111,10 +120,9 @@ def find_layers(model: nn.Module, adapter: str) -> tuple[list[Layer], list[str]]
         layer = Layer(name, module, kind)
         left, right = layer.parameters(adapter)
         for factor in (left, right):
-            if hasattr(factor, "device_mesh") or hasattr(factor, "ds_id"):
+            if hasattr(factor, "ds_id"):
                 raise InputError(
-                    f"{name}: its adapter is sharded ({type(factor).__name__}); initialise before the model "
-                    "is handed to FSDP or DeepSpeed"
+                    f"{name}: its adapter is DeepSpeed's, in parts; initialise before the model is given to it"
                 )
             if factor.device.type == "meta":
                 raise InputError(
@@ -132,6 +140,15 @@ def lora_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor, whose import costs too much for all who have none
+
+
+def _whole(stored: Tensor) -> Tensor:
+    """A factor's values; every process calls this for a sharded one."""
+    return stored.detach().full_tensor() if _is_sharded(stored) else stored.detach()  # type: ignore
 
 
 def _kind(module: Any, adapter: str) -> Kind | None:

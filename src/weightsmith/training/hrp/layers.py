@@ -122,7 +122,7 @@ def find_layers(model: nn.Module, adapter: str) -> tuple[list[Layer], list[str]]
         for factor in (left, right):
             if hasattr(factor, "ds_id"):
                 raise InputError(
-                    f"{name}: its adapter is DeepSpeed's, in parts; initialise before the model is given to it"
+                    f"{name}: its adapter is DeepSpeed's, in parts; initialise before its engine is made"
                 )
             if factor.device.type == "meta":
                 raise InputError(

@@ -292,8 +292,20 @@ def test_lora_adapts_shared_layers_in_every_cycle(ids):
     from peft import LoraConfig, get_peft_model
 
     model = convert_to_ztt(base_of("llama"), ZTTOptions(num_cycles=2, cycle_gate="off"))
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj", "o_proj"]))
     adapted(input_ids=ids, labels=ids).loss.backward()
     gradients = [p.grad for n, p in adapted.named_parameters() if "layers.1" in n and "lora_B" in n]
-    assert len(gradients) == 2
+    assert len(gradients) == 3
     assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@torch.no_grad()
+def test_an_adapter_of_every_projection_computes_what_it_does_once_merged(ids, kind):
+    from peft import LoraConfig, get_peft_model
+
+    model = convert_to_ztt(base_of(kind), ZTTOptions(num_cycles=2, cycle_gate="off", zero_bias_init=0.0))
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=names, init_lora_weights=False)).eval()
+    found, plain = adapted(input_ids=ids).logits, adapted.merge_and_unload()(ids).logits
+    torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-4)

@@ -17,7 +17,7 @@ from transformers import (
 
 from weightsmith.errors import CheckpointError, InputError
 from weightsmith.training import ZTTConfig, ZTTForCausalLM, resize_cycles
-from weightsmith.training.zero_token.options import extra_shapes
+from weightsmith.training.zero_token.options import extra_shapes, repeated_parameters
 from weightsmith.training.zero_token.passes import new_cache
 
 SMALL = {
@@ -463,6 +463,32 @@ def test_shared_places_hold_the_last_cycle(ids):
         net(ids, past_key_values=StaticCache(config=net.config, max_cache_len=12))
 
 
+def test_deep_supervision_adds_the_mean_loss_of_fewer_cycles(ids):
+    net = model(num_cycles=3, num_tail_layers=1, cycle_gate="zero_init").train()
+    net.model.cycle_gate.bias.data.fill_(0.5)
+    plain = [net(ids, labels=ids, num_cycles=cycles).loss for cycles in (1, 2, 3)]
+    net.config.deep_supervision = 0.3
+    found = net(ids, labels=ids).loss
+    torch.testing.assert_close(found, plain[2] + 0.3 * (plain[0] + plain[1]) / 2)
+    wanted = torch.autograd.grad(plain[2] + 0.3 * (plain[0] + plain[1]) / 2, list(net.parameters()))
+    for got, want in zip(torch.autograd.grad(found, list(net.parameters())), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(net(ids, labels=ids, num_cycles=1).loss, plain[0])
+    torch.testing.assert_close(net.eval()(ids, labels=ids).loss, plain[2])
+    with pytest.raises(InputError, match="past_key_values: given, but earlier cycles' states"):
+        net.train()(ids, labels=ids, past_key_values=DynamicCache(config=net.config))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_read_again_are_the_middle_and_what_supervises_it(tied):
+    net = model(num_cycles=3, tie_word_embeddings=tied)
+    sizes = {name: parameter.numel() for name, parameter in net.named_parameters()}
+    each = [sum(size for name, size in sizes.items() if f"layers.{layer}." in name) for layer in range(4)]
+    assert repeated_parameters(net.config.to_dict(), sizes) == 2 * (each[1] + each[2])
+    supervised = {**net.config.to_dict(), "deep_supervision": 0.5}
+    assert repeated_parameters(supervised, sizes) == 2 * (sum(each[1:]) + 40 * 32)
+
+
 def test_training_never_leaves_early(ids):
     net = model(num_cycles=2, exit_threshold=-1.0)
     assert (net(ids).num_cycles_used == 1).all()
@@ -537,6 +563,7 @@ def test_a_fixed_number_of_cycles_compiles_to_one_graph(ids):
         ({"num_head_layers": 2, "num_tail_layers": 2}, "4 of 4 layers leave no middle.*at most 3"),
         ({"num_head_layers": -1}, "num_head_layers: expected at least 0"),
         ({"min_cycles": 3}, "min_cycles: 3 is more than num_cycles, 2"),
+        ({"deep_supervision": -0.5}, "deep_supervision: expected a number from 0 on, found -0.5"),
         ({"gate": "layers"}, "gate: expected layer, attn, none, found 'layers'; did you mean `layer`"),
         ({"exit_level": "row"}, "exit_level: expected batch, sequence, token, found 'row'"),
         ({"exit_criterion": "zeta"}, "exit_criterion: expected zero_attention, latent_diff, entropy, kl"),

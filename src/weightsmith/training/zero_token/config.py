@@ -53,6 +53,7 @@ class ZTTConfig(LlamaConfig):
     gate: str = "layer"
     cycle_gate: str | None = None
     training_cycles: str = "all"
+    deep_supervision: float = 0.0
     min_cycles: int = 1
     exit_threshold: float | None = None
     exit_level: str = "sequence"

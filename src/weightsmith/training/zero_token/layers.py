@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -128,8 +127,8 @@ class ZTTAttention(nn.Module):
             **kwargs: For the backend.
 
         Returns:
-            What is added to the states of those rows, without the output's bias where there is a zero token;
-            attention weights of the eager backend; a0 (rows, T), mean over heads.
+            What is added to the states of those rows; attention weights of the eager backend; a0 (rows, T),
+            mean over heads.
         """
         keys, values = given or self.keys_and_values(states_BTD, position_embeddings)
         if past_key_values is not None:
@@ -167,7 +166,7 @@ class ZTTAttention(nn.Module):
             is_causal=queries.shape[2] > 1,
             dropout=dropout,
         )
-        out = F.linear(found.out_BTHD.flatten(2), self.o_proj.weight)
+        out = self.o_proj(found.out_BTHD.flatten(2))  # called as a module: an adapter may stand around it
         return out, found.weights_BHTS, found.share_BHT.mean(1)
 
 
@@ -190,8 +189,8 @@ class ZTTDecoderLayer(GradientCheckpointingLayer):
         open_BT1 = None
         if share is not None and self.gate == "layer":
             open_BT1 = (1 - share).unsqueeze(-1).to(added.dtype)
-        if zero is not None and (bias := self.self_attn.o_proj.bias) is not None:
-            added = added + (bias if open_BT1 is None else open_BT1 * bias)
+        if open_BT1 is not None and (bias := self.self_attn.o_proj.bias) is not None:
+            added = added - (1 - open_BT1) * bias  # the attention is scaled already, its bias is not
         states = (states_BTD if rows is None else states_BTD[rows]) + added
         change = self.mlp(self.post_attention_layernorm(states))
         states = states + (change if open_BT1 is None else open_BT1 * change)

@@ -52,16 +52,19 @@ class ZTTModelOutputWithPast(BaseModelOutputWithPast):
         num_cycles_used: Cycles of each row (B,), of each token (B, T) where tokens leave one by one.
         exit_signal: What the exit criterion says after each cycle, (cycles, B, T), NaN where it is not asked;
             with `output_exit_signal`.
+        earlier_states: `last_hidden_state` had the pass ended after each cycle but the last, (B, T, D) each;
+            with `output_earlier_states`.
     """
 
     zero_attention: Tensor | None = None
     num_cycles_used: Tensor | None = None
     exit_signal: Tensor | None = None
+    earlier_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass
 class ZTTCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast`, and the further fields of `ZTTModelOutputWithPast`."""
+    """`CausalLMOutputWithPast`, and what the cycles did, as in `ZTTModelOutputWithPast`."""
 
     zero_attention: Tensor | None = None
     num_cycles_used: Tensor | None = None
@@ -146,6 +149,7 @@ class ZTTModel(ZTTPreTrainedModel):
         allow_extrapolation: bool = False,
         output_zero_attention: bool = False,
         output_exit_signal: bool = False,
+        output_earlier_states: bool = False,
         read_out: ReadOut | None = None,
         **kwargs: Any,
     ) -> ZTTModelOutputWithPast:
@@ -165,12 +169,14 @@ class ZTTModel(ZTTPreTrainedModel):
             allow_extrapolation: Allow more cycles than were trained; the last one's keys are taken again.
             output_zero_attention: Return attention to the zero token.
             output_exit_signal: Return what the exit criterion says, whether anything leaves or not.
+            output_earlier_states: Run the tail layers after every cycle and return their states; recorded
+                hidden states and attentions hold those passes as well. Needs a pass without a cache.
             read_out: Logits from states, for the criteria `entropy` and `kl`.
             **kwargs: For the attention backend.
 
         Raises:
             InputError: more cycles than trained, or than the cache holds; an unknown level; a backend that
-                can't show a zero token.
+                can't show a zero token; earlier states beside a cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("expected either input_ids or inputs_embeds")
@@ -178,7 +184,11 @@ class ZTTModel(ZTTPreTrainedModel):
         cycles = self._cycles(num_cycles, allow_extrapolation)
         threshold, level = self._exit(exit_threshold, exit_level)
         self._check_backend(kwargs)
-        if use_cache and past_key_values is None:
+        if output_earlier_states and past_key_values is not None:
+            raise InputError(
+                "past_key_values: given, but earlier cycles' states (`deep_supervision`) need a pass without"
+            )
+        if use_cache and past_key_values is None and not output_earlier_states:
             past_key_values = new_cache(self.config, cycles)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
@@ -198,6 +208,7 @@ class ZTTModel(ZTTPreTrainedModel):
         rows: Tensor | None = None
         every: list[Tensor] = []
         signals: list[Tensor] = []
+        earlier: list[Tensor] = []
         done = 0
         for cycle in range(cycles):
             before, shares = states, []
@@ -211,6 +222,8 @@ class ZTTModel(ZTTPreTrainedModel):
             if cycle and self.cycle_gate is not None:
                 states = self.cycle_gate(before, states, cycle)
             done = cycle + 1
+            if output_earlier_states and done < cycles:
+                earlier.append(states)
             if output_zero_attention and shares:
                 every.append(torch.stack(shares))
             asked = threshold if self.config.min_cycles <= done < cycles else None
@@ -232,16 +245,21 @@ class ZTTModel(ZTTPreTrainedModel):
         run.fill(middle, states, done, used)
         if self.training and self.cycle_gate is not None:
             states = states + 0.0 * self.cycle_gate.bias.sum().to(states.dtype)  # used by every rank
-        for layer in tail:
-            states, _ = run.layer(layer, states)
-        states = self.norm(states)
+        states, *earlier = [self._finished(run, tail, each) for each in (states, *earlier)]
         return ZTTModelOutputWithPast(
             last_hidden_state=states,
             past_key_values=past_key_values,
             zero_attention=_padded(every, cycles) if output_zero_attention and every else None,
             num_cycles_used=used if level == "token" else used.amax(1),
             exit_signal=_padded(signals, cycles) if output_exit_signal and signals else None,
+            earlier_states=tuple(earlier) if output_earlier_states else None,
         )
+
+    def _finished(self, run: Pass, tail: Sequence[ZTTDecoderLayer], states: Tensor) -> Tensor:
+        """States through the tail layers, normalised."""
+        for layer in tail:
+            states, _ = run.layer(layer, states)
+        return self.norm(states)
 
     def parts(self) -> tuple[Sequence[ZTTDecoderLayer], Sequence[ZTTDecoderLayer], Sequence[ZTTDecoderLayer]]:
         """Head, middle and tail layers."""
@@ -348,7 +366,12 @@ class ZTTForCausalLM(ZTTPreTrainedModel, GenerationMixin):
         output_exit_signal: bool = False,
         **kwargs: Any,
     ) -> ZTTCausalLMOutputWithPast:
-        """Logits, and the loss where there are `labels`; other arguments as `ZTTModel.forward`."""
+        """Logits, and the loss where there are `labels`; other arguments as `ZTTModel.forward`.
+
+        In training with `deep_supervision` w, the loss of n cycles is loss_n + w mean(loss_1 .. loss_n-1),
+        where loss_c is that of a pass with c cycles.
+        """
+        supervised = self.training and labels is not None and self.config.deep_supervision > 0
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -362,15 +385,21 @@ class ZTTForCausalLM(ZTTPreTrainedModel, GenerationMixin):
             allow_extrapolation=allow_extrapolation,
             output_zero_attention=output_zero_attention,
             output_exit_signal=output_exit_signal,
+            output_earlier_states=supervised,
             read_out=self.read_out if self.config.exit_criterion in ("entropy", "kl") else None,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            given = {"labels": labels, "vocab_size": self.config.vocab_size, **kwargs}
+            loss = self.loss_function(logits=logits, **given)
+            if outputs.earlier_states:
+                earlier = [
+                    self.loss_function(logits=self.lm_head(states), **given)
+                    for states in outputs.earlier_states
+                ]
+                loss = loss + self.config.deep_supervision * torch.stack(earlier).mean()
         return ZTTCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

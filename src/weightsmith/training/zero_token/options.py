@@ -7,6 +7,7 @@ the cache of a pass needs: transformers makes caches from that number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -70,6 +71,8 @@ class ZTTOptions:
     training_cycles: Literal["all", "grow", "sample"] = "all"
     """Cycles of a training step: all, from one to all over the first fifth of the run, or drawn anew in every
     step."""
+    deep_supervision: float = 0.0
+    """Weight, in training, of the mean loss of the earlier cycles, each read through the tail layers."""
     min_cycles: int = 1
     """Cycles before a token may leave early."""
     exit_level: Literal["batch", "sequence", "token"] = "sequence"
@@ -115,6 +118,8 @@ def check(values: Mapping[str, Any], layers: int) -> None:
         _expect(key, values[key], values[key] >= 1, "at least 1")
     for key in ("num_head_layers", "num_tail_layers"):
         _expect(key, values[key], values[key] >= 0, "at least 0")
+    weight = values["deep_supervision"]
+    _expect("deep_supervision", weight, 0 <= weight < math.inf, "a number from 0 on")
     outside = values["num_head_layers"] + values["num_tail_layers"]
     if layers < outside + 1:
         raise InputError(
@@ -239,7 +244,7 @@ def pool_shape(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def repeated_parameters(config: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
-    """Weights that a pass reads beyond the first time; 0 for models that aren't of ours.
+    """Weights that a pass in training reads beyond the first time; 0 for models that aren't of ours.
 
     Args:
         config: Content of `config.json`.
@@ -251,8 +256,12 @@ def repeated_parameters(config: Mapping[str, Any], sizes: Mapping[str, int]) -> 
 
     first, last = config["num_head_layers"], physical_layers(config) - config["num_tail_layers"]
     middle = range(first, last)
-    once = sum(size for name, size in sizes.items() if layer_index(name) in middle)
-    return (config["num_cycles"] - 1) * once
+    again = sum(size for name, size in sizes.items() if layer_index(name) in middle)
+    if config.get("deep_supervision"):
+        head = "lm_head.weight" if "lm_head.weight" in sizes else "model.embed_tokens.weight"
+        tail = sum(size for name, size in sizes.items() if (layer_index(name) or 0) >= middle.stop)
+        again += tail + sizes[head]
+    return (config["num_cycles"] - 1) * again
 
 
 def _layer_types(base: Mapping[str, Any], layers: int) -> Sequence[str]:

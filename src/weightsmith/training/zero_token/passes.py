@@ -82,7 +82,7 @@ class Pass:
         number = attention.layer_idx
         given = None
         if self._keeps and number in self.config.middle:
-            given = attention.keys_and_values(layer.input_layernorm(states), self.positions)
+            given = self._keys_and_values(layer, states)
             if self._left is not None:
                 left = self._left[:, None, :, None]
                 pairs = zip(self._last[number], given, strict=True)
@@ -113,11 +113,19 @@ class Pass:
             if done == self.held:
                 return
             number = layer.self_attn.layer_idx
-            pair = self._last.get(number) or layer.self_attn.keys_and_values(
-                layer.input_layernorm(states), self.positions
-            )
+            pair = self._last.get(number) or self._keys_and_values(layer, states)
             for cycle in range(done, self.held):
                 self.cache.update(*pair, self.config.slot(number, cycle, self.places))
+
+    def _keys_and_values(self, layer: ZTTDecoderLayer, states: Tensor) -> tuple[Tensor, ...]:
+        # Not a call of the layer, which is what FSDP2 gathers its weights for.
+        parts: list[Any] = [part for part in (layer, layer.self_attn) if hasattr(part, "unshard")]
+        for part in parts:
+            part.unshard()
+        pair = layer.self_attn.keys_and_values(layer.input_layernorm(states), self.positions)
+        for part in parts:
+            part.reshard()
+        return pair
 
 
 def new_cache(config: ZTTConfig, cycles: int | None = None) -> DynamicCache:

@@ -26,6 +26,7 @@ from transformers import (
 
 from weightsmith.checkpoints import Checkpoint, trace
 from weightsmith.errors import CheckpointError, InputError
+from weightsmith.merging import merge, plan_merge
 from weightsmith.training import (
     CycleSchedule,
     ZTTConfig,
@@ -309,3 +310,67 @@ def test_an_adapter_of_every_projection_computes_what_it_does_once_merged(ids, k
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=names, init_lora_weights=False)).eval()
     found, plain = adapted(input_ids=ids).logits, adapted.merge_and_unload()(ids).logits
     torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-4)
+
+
+# --- slices of models with cycles -----------------------------------------------------------------------
+
+
+def cycled_folder(folder, seed=0, **options):
+    torch.manual_seed(seed)
+    made = ZTTForCausalLM(ZTTConfig(**{**SMALL, "num_cycles": 3, **options}))
+    made.save_pretrained(folder)
+    return folder
+
+
+def slices(*parts, method="passthrough"):
+    entries = [
+        {"sources": [{"model": str(folder), "layer_range": [first, last]} for folder in folders]}
+        for folders, first, last in parts
+    ]
+    return {"merge_method": method, "slices": entries}
+
+
+KINDS = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    ("options", "places"),
+    [
+        ({"zero_token": False}, 14),
+        ({"zero_token_scope": "cycle", "physical_layer_types": KINDS, "sliding_window": 4}, 14),
+        ({"zero_token": False, "exit_kv": "share"}, 6),
+    ],
+    ids=str,
+)
+def test_slices_count_layers_in_files_and_places_of_the_cache(tmp_path, ids, options, places):
+    folder = cycled_folder(tmp_path / "a", **options)
+    merge(slices(([folder], 0, 3), ([folder], 1, 4)), tmp_path / "out")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert (found.config.num_physical_layers, found.config.num_hidden_layers) == (6, places)
+    wanted = ZTTForCausalLM.from_pretrained(folder).eval()
+    kept = [0, 1, 2, 1, 2, 3]
+    if "physical_layer_types" in options:
+        assert found.config.physical_layer_types == [KINDS[layer] for layer in kept]
+        assert len(found.config.layer_types) == places
+    for place, layer in enumerate(kept):
+        new, old = found.model.layers[place].state_dict(), wanted.model.layers[layer].state_dict()
+        assert all(torch.equal(new[name], old[name]) for name in old)
+    with torch.no_grad():
+        assert found(ids, use_cache=True).logits.isfinite().all()
+
+
+def test_zero_tokens_of_layers_stay_with_their_layers_or_the_merge_is_refused(tmp_path):
+    a, b = cycled_folder(tmp_path / "a"), cycled_folder(tmp_path / "b", seed=1)
+    in_place = slices(([a], 0, 1), ([b], 1, 4))
+    merge(in_place, tmp_path / "out")
+    mixed, other = (ZTTForCausalLM.from_pretrained(folder) for folder in (tmp_path / "out", b))
+    assert torch.equal(mixed.model.zero_token.bias_k, other.model.zero_token.bias_k)
+    merge(slices(([a, b], 0, 4), method="linear"), tmp_path / "mean")
+    for parts, message in (
+        ([([a], 0, 3), ([a], 1, 4)], "a: each middle layer .*layer_cycle.* expected 4 layers, found 6"),
+        ([([a], 0, 2), ([b], 2, 4)], "expected at 1 layer 1 of b, found layer 1 of a"),
+        ([([a], 0, 2), ([a], 1, 2), ([a], 3, 4)], "expected at 2 layer 2 of a, found layer 1 of a"),
+        ([([a], 0, 2)], "2 of 2 layers leave no middle to cycle; expected slices of at least 3"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            plan_merge(slices(*parts))

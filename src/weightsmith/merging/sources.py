@@ -15,7 +15,7 @@ from weightsmith.merging import compatibility
 from weightsmith.merging.config import Input, Keys, MergeConfig, OutputSlice, show
 from weightsmith.merging.modules import WHOLE, UnknownModuleError, assign, split
 from weightsmith.merging.settings import EachModel, Setting
-from weightsmith.merging.stacking import Stack, is_first
+from weightsmith.merging.stacking import Stack, check_cycled, is_first
 from weightsmith.merging.statistics import Statistics
 from weightsmith.merging.vocabulary import Alignment, align
 from weightsmith.registry import load
@@ -371,6 +371,7 @@ class Sources:
     def _stacked_parts(self, module: str, slices: Sequence[_Roles]) -> Iterator[tuple[str, int | None, Part]]:
         donor = self._stack(self.donor, module)
         kept: list[int] = []
+        origins: list[list[tuple[Checkpoint, int]]] = []
         for roles in slices:
             layers = roles.part.inputs[0].layers or (0, donor.depth)
             count = layers[1] - layers[0]
@@ -383,6 +384,8 @@ class Sources:
                     found = [self._stack(c, module).name(first + step, rest) for c, first in holders]
                     yield donor.name(layer, rest), layer, self._part(roles, found, depth)
                 kept.append(roles.reference[1] + step)
+                origins.append([(checkpoint, first + step) for checkpoint, first in holders])
+        check_cycled(self.donor, origins)
         self.restacks.append(Restack(module, kept, donor.depth))
         for name in donor.outside(self._names(self.donor, module)):
             roles = slices[0 if is_first(name) else -1]

@@ -36,6 +36,7 @@ _PATTERNS = (
     "expert_layer_period",
     "max_window_layers",
 )
+_ZERO_TOKENS = "model.zero_token."
 _FIRST = re.compile(r"(^|\.)(wte|wpe|emb|tok|.*embed.*|word_embeddings.*|shared)\.")
 
 
@@ -104,12 +105,15 @@ def restacked(
     """
     new = copy.deepcopy(dict(config))
     doubtful = []
+    cycled = module == WHOLE and new.get("num_physical_layers") == depth
+    if cycled:
+        _count_places(new, len(kept))
     sections, counts = _PLACES.get(module, (("", "text_config"), _LAYER_COUNTS))
     for part in (new.get(section) if section else new for section in sections):
         if not isinstance(part, dict):
             continue
         for key in counts:
-            if part.get(key) == depth:
+            if part.get(key) == depth and not cycled:
                 part[key] = len(kept)
         for key, value in part.items():
             if key in _LAYER_NUMBERS and isinstance(value, list):
@@ -119,3 +123,55 @@ def restacked(
             elif key in _PATTERNS and value and "layer_types" not in part:
                 doubtful.append(key)
     return new, doubtful
+
+
+def check_cycled(donor: Checkpoint, origins: Sequence[Sequence[tuple[Checkpoint, int]]]) -> None:
+    """Refuse layers whose zero tokens would be those of others; models without cycles pass.
+
+    The zero tokens of all layers are one tensor, which is taken as it is from the models of the last slice.
+
+    Args:
+        donor: Whose config the output takes.
+        origins: For each of the L output layers the models it is made from, each with the layer's number.
+
+    Raises:
+        CheckpointError: says which layer.
+    """
+    config = donor.config
+    depth = config.get("num_physical_layers")
+    if depth is None:
+        return
+    outside = config["num_head_layers"] + config["num_tail_layers"]
+    if len(origins) <= outside:
+        raise CheckpointError(
+            f"{donor.name}: num_head_layers + num_tail_layers: {outside} of {len(origins)} layers leave no "
+            f"middle to cycle; expected slices of at least {outside + 1}"
+        )
+    if config["zero_token_scope"] == "cycle" or not any(
+        name.startswith(_ZERO_TOKENS) for name in donor.tensors
+    ):
+        return
+    what = (
+        f"{donor.name}: each middle layer has zero tokens of its own (zero_token_scope "
+        f"{config['zero_token_scope']}), which slices can't move"
+    )
+    if len(origins) != depth:
+        raise CheckpointError(f"{what}; expected {depth} layers, found {len(origins)}")
+    holders = [checkpoint for checkpoint, _ in origins[-1]]
+    for place in range(config["num_head_layers"], depth - config["num_tail_layers"]):
+        numbers = {number for _, number in origins[place]}
+        if numbers != {place} or [checkpoint for checkpoint, _ in origins[place]] != holders:
+            found = ", ".join(f"layer {number} of {checkpoint.name}" for checkpoint, number in origins[place])
+            models = ", ".join(checkpoint.name for checkpoint in holders)
+            raise CheckpointError(f"{what}; expected at {place} layer {place} of {models}, found {found}")
+
+
+def _count_places(config: dict[str, Any], layers: int) -> None:
+    """A model with cycles counts its layers in `num_physical_layers`, the places of its cache in
+    `num_hidden_layers`, and lists kinds of both.
+    """
+    outside = config["num_head_layers"] + config["num_tail_layers"]
+    cycles = (config["num_hidden_layers"] - outside) // (config["num_physical_layers"] - outside)
+    config["num_hidden_layers"] = outside + cycles * (layers - outside)
+    config["num_physical_layers"] = layers
+    config.pop("layer_types", None)  # made anew from `physical_layer_types` by whoever loads it

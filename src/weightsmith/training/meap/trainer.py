@@ -29,13 +29,27 @@ class MEAPTrainerMixin(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.meap: DataCollatorForMEAP | None = None
-        collator = self.data_collator
-        if isinstance(collator, DataCollatorForMEAP):
-            model = self.accelerator.unwrap_model(self.model)
-            check_mask_id(collator.mask_token_id, collator.tokenizer, model)
-            collator.protect_placeholders(model.config)
-            self.meap = collator
-            self.data_collator = collator.clean
+        if isinstance(self.data_collator, DataCollatorForMEAP):
+            self.use_meap(self.data_collator)
+
+    def use_meap(self, collator: DataCollatorForMEAP) -> None:
+        """Mask with this collator from now on: for Trainers that take none as an argument and make their own,
+        as TRL's `SFTTrainer` does where rows are packed.
+
+        Args:
+            collator: Around the Trainer's own, `DataCollatorForMEAP(trainer.data_collator, tokenizer)`.
+
+        Raises:
+            InputError: the model has no row for the mask token.
+
+        Example:
+            >>> # trainer.use_meap(DataCollatorForMEAP(trainer.data_collator, tokenizer, mode="sft"))
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        check_mask_id(collator.mask_token_id, collator.tokenizer, model)
+        collator.protect_placeholders(model.config)
+        self.meap = collator
+        self.data_collator = collator.clean
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

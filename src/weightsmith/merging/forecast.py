@@ -29,7 +29,7 @@ from weightsmith.runs.prediction import Prediction
 from weightsmith.runs.progress import SILENT
 
 _SAMPLES = 8
-_SAMPLE_ELEMENTS = 4 * TILE_ELEMENTS
+_SAMPLE_ELEMENTS = 8 * TILE_ELEMENTS
 _TINY_ELEMENTS = 2048
 # Operations of the largest matrix that is tried out: about a second's worth.
 _TRIAL_FLOPS = 2e10
@@ -87,7 +87,9 @@ class _Trial:
             _cut(output, _SAMPLE_ELEMENTS) for output in _spread(by_size, max(_SAMPLES, 2 * self._threads))
         ]
         elements = sum(output.spec.numel for output in sample)
-        for_elements = max(self._run(sample) - to_fork - for_tensors * len(sample), 0.0) / max(elements, 1)
+        # Other work on the machine only ever adds to a time, and this one is multiplied the most.
+        seconds = min(self._run(sample) for _ in range(3))
+        for_elements = max(seconds - to_fork - for_tensors * len(sample), 0.0) / max(elements, 1)
         all_elements = sum(output.spec.numel for output in outputs)
         return to_fork + for_tensors * len(outputs) + for_elements * all_elements
 

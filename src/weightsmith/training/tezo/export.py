@@ -44,6 +44,11 @@ def changes(optimizer: TeZO) -> dict[str, tuple[Tensor, Tensor]]:
                 f"{piece.name}: is trained and is no matrix; an adapter can't hold it (freeze_1d=True)"
             )
         assert isinstance(piece, CPPiece)
+        if piece.share is not None:
+            raise InputError(
+                f"{piece.name}: is sharded, and an adapter needs all rows; load the optimiser's state into "
+                "one of a whole model"
+            )
         if len(piece.value) != 1:
             raise InputError(f"{piece.name}: stacked matrices have no LoRA layers")
         piece.turn(optimizer.step_count)

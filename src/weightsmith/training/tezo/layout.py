@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from weightsmith.errors import InputError
+from weightsmith.training.sharded import local
 from weightsmith.training.tezo.noise import StepVectors
 from weightsmith.training.tezo.options import LOZOOptions, TeZOOptions, ZerothOrderOptions
 from weightsmith.training.tezo.pieces import CPPiece, DensePiece, LazyPiece, Piece
 from weightsmith.training.tezo.ranks import Matrix, chosen_ranks
+from weightsmith.training.tezo.shares import Share, share_of, whole_shape
 
 _AVERAGES = {"sgd": (), "momentum": ("mean",), "adam": ("mean", "square"), "lion": ("mean",)}
 
@@ -27,12 +28,19 @@ class Moving(NamedTuple):
         parameter: Itself.
         group: Its parameter group.
         matrices: (E, M, N), sharing its memory; None where it gets dense directions.
+        share: What this process holds of it, where that is not the whole.
     """
 
     name: str
     parameter: Tensor
     group: dict[str, Any]
     matrices: Tensor | None
+    share: Share | None = None
+
+    @property
+    def whole(self) -> torch.Size | None:
+        """Shape of the matrices with the rows of all processes."""
+        return None if self.matrices is None else whole_shape(self.matrices, self.share)
 
 
 def moving(
@@ -49,12 +57,15 @@ def moving(
         for parameter in group["params"]:
             name = names[id(parameter)]
             _refuse_what_cannot_move(parameter, name)
-            place = (parameter.data_ptr(), parameter.shape, parameter.stride())
+            share = share_of(parameter.detach(), name, options)
+            address = id(parameter) if share else parameter.data_ptr()  # a share may be empty
+            place = (address, parameter.shape, parameter.stride())
             if not parameter.requires_grad or not parameter.numel() or place in seen:
                 continue
             if parameter.device.type != "meta":
                 seen.add(place)
-            entry = Moving(name, parameter, group, _matrices(parameter.detach(), name, options))
+            matrices = _matrices(local(parameter.detach()), name, options, sharded=share is not None)
+            entry = Moving(name, parameter, group, matrices, share)
             frozen = parameter.ndim < 2 and getattr(options, "freeze_1d", False)
             found += [] if frozen else [entry]
     if not found:
@@ -67,27 +78,27 @@ def make_pieces(
 ) -> list[Piece]:
     """A piece for each parameter, with the ranks of its saved state where there are any."""
     seed = members[0].group["seed"]
-    matrices = [Matrix(member.name, m) for member in members if (m := member.matrices) is not None]
+    matrices = _whole_matrices(members)
     saved = {m.name: states[m.parameter]["rank"] for m in members if "rank" in states[m.parameter]}
     known = all(matrix.name in saved for matrix in matrices)
     ranks = saved if known else _ranks(matrices, options) | saved
     vectors = StepVectors(
         [matrix.name for matrix in matrices],
         [len(matrix.value) * ranks[matrix.name] for matrix in matrices],
-        [matrix.value.device for matrix in matrices],
+        [member.parameter.device for member in members if member.matrices is not None],
         seed,
     )
     places = {matrix.name: place for place, matrix in enumerate(matrices)}
     pieces: list[Piece] = []
-    for name, parameter, _, found in members:
+    for name, parameter, _, found, share in members:
         state = states[parameter]
         if found is not None and isinstance(options, TeZOOptions):
             tau = vectors.of(places[name])
-            pieces.append(CPPiece(name, found, state, options, seed, ranks[name], tau))
+            pieces.append(CPPiece(name, found, state, options, seed, ranks[name], tau, share))
         elif found is not None and isinstance(options, LOZOOptions):
             pieces.append(LazyPiece(name, found, state, options, seed, ranks[name]))
         else:
-            pieces.append(DensePiece(name, parameter.detach(), state, options, seed))
+            pieces.append(DensePiece(name, local(parameter.detach()), state, options, seed, share))
     return pieces
 
 
@@ -104,16 +115,17 @@ def check_state(
     Raises:
         InputError: names the parameter, what was saved and what is here.
     """
-    matrices = [Matrix(member.name, m) for member in members if (m := member.matrices) is not None]
+    matrices = _whole_matrices(members)
     # An automatic rank belongs to the weights that a run began with.
     fixed = getattr(options, "rank", "auto") != "auto"
     expected = _ranks(matrices, options) if fixed else {}
     wanted = _AVERAGES[options.variant]
-    for name, parameter, _, found in members:
+    for member in members:
+        name, parameter, whole = member.name, member.parameter, member.whole
         entry = entries[id(parameter)]
         if not entry:
             continue
-        shape = None if found is None else list(found.shape)
+        shape = None if whole is None else list(whole)
         rank = expected.get(name, entry.get("rank")) if shape else None
         if (entry.get("shape"), entry.get("rank")) != (shape, rank):
             raise InputError(
@@ -128,6 +140,17 @@ def check_state(
             )
 
 
+def _whole_matrices(members: Sequence[Moving]) -> list[Matrix]:
+    """Matrices that ranks are chosen for; of sharded ones the shape alone."""
+    return [
+        Matrix(
+            member.name, member.matrices if member.share is None else torch.empty(member.whole, device="meta")
+        )
+        for member in members
+        if member.matrices is not None and member.whole is not None
+    ]
+
+
 @torch.no_grad()
 def _ranks(matrices: Sequence[Matrix], options: ZerothOrderOptions) -> dict[str, int]:
     if isinstance(options, LOZOOptions):
@@ -137,10 +160,16 @@ def _ranks(matrices: Sequence[Matrix], options: ZerothOrderOptions) -> dict[str,
     return {}
 
 
-def _matrices(value: Tensor, name: str, options: ZerothOrderOptions) -> Tensor | None:
+def _matrices(
+    value: Tensor, name: str, options: ZerothOrderOptions, *, sharded: bool = False
+) -> Tensor | None:
     if value.ndim < 2 or not isinstance(options, TeZOOptions | LOZOOptions):
         return None
     if value.ndim == 3 and any(fnmatchcase(name, pattern) for pattern in options.stacked):
+        if sharded:
+            raise InputError(
+                f"{name}: is sharded and stacked; take it out of `stacked`, or replicate it (DDP)"
+            )
         return value
     if value.ndim == 2:
         return value[None]
@@ -150,10 +179,10 @@ def _matrices(value: Tensor, name: str, options: ZerothOrderOptions) -> Tensor |
 
 def _refuse_what_cannot_move(parameter: Tensor, name: str) -> None:
     flat = getattr(parameter, "_is_flat_param", False) or type(parameter).__name__ == "FlatParameter"
-    if flat or hasattr(parameter, "ds_id") or isinstance(parameter, DTensor):
+    if flat or hasattr(parameter, "ds_id"):
         raise InputError(
-            f"{name}: sharded parameters are not supported; replicate the model (DDP): forward passes alone "
-            "need little memory beside the weights"
+            f"{name}: FSDP1 and DeepSpeed keep parts of flattened parameters, which have no rows; take FSDP2 "
+            "(fully_shard), or replicate the model (DDP)"
         )
     if not parameter.is_floating_point():
         raise InputError(

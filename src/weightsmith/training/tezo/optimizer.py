@@ -43,8 +43,8 @@ class TeZO(ZerothOrder):
         eps: Added to the root (`adam`).
         weight_decay: Decoupled decay of what has at least two axes.
         maximize: Climb instead of descend.
-        model: Needed by `restore="branch"`; its batch normalisation keeps its running statistics out of the
-            second probe.
+        model: Needed by `restore="branch"`, and where it is sharded by FSDP2; its batch normalisation keeps
+            its running statistics out of the second probe.
         process_group: "auto", None or a group: see `ZerothOrder`.
         save_factors: Put factors into state dicts; otherwise they are drawn again.
         **options: The other fields of `TeZOOptions`.

@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from weightsmith.training.sharded import local
 from weightsmith.training.tezo.noise import generator
 from weightsmith.training.tezo.options import LOZOOptions, TeZOOptions, ZerothOrderOptions
+from weightsmith.training.tezo.shares import Share, whole_shape
 
 BLOCK = 1 << 18
 """Numbers of a temporary on a CPU: small enough to stay in its cache."""
@@ -55,12 +57,20 @@ class Piece:
         state: Its entry of the optimiser's state; what is missing is made on first use.
         options: The optimiser's.
         seed: Of its directions.
+        share: Which rows `value` is, where other processes hold others.
     """
 
     def __init__(
-        self, name: str, value: Tensor, state: dict[str, Any], options: ZerothOrderOptions, seed: int
+        self,
+        name: str,
+        value: Tensor,
+        state: dict[str, Any],
+        options: ZerothOrderOptions,
+        seed: int,
+        share: Share | None = None,
     ) -> None:
         self.name, self.value, self.state, self.options, self.seed = name, value, state, options, seed
+        self.share = share
         # Running sums lose small terms in 16 bits.
         self.wide = torch.float32 if value.dtype.itemsize < 4 else value.dtype
 
@@ -76,15 +86,23 @@ class Piece:
         """The step's direction as one tensor, shaped like `value`; no step ever makes it."""
         raise NotImplementedError
 
-    def running(self, shape: torch.Size) -> list[Tensor]:
-        """Running mean and square, as far as the variant has them; zeros on first use."""
+    @property
+    def whole_shape(self) -> torch.Size:
+        """Shape of `value` with the rows of all processes."""
+        return whole_shape(self.value, self.share)
+
+    def running(self, shape: torch.Size, share: Share | None = None) -> list[Tensor]:
+        """Running mean and square, as far as the variant has them; zeros on first use. With a share they are
+        kept as sharded tensors, so that a checkpoint knows whose rows they are.
+        """
         names = {"sgd": (), "adam": ("mean", "square")}.get(self.options.variant, ("mean",))
         for name in names:
             if name not in self.state:
                 # State outlives the call, which may be in inference mode.
                 with torch.inference_mode(False):
-                    self.state[name] = torch.zeros(shape, dtype=self.wide, device=self.value.device)
-        return [self.state[name] for name in names]
+                    made = torch.zeros(shape, dtype=self.wide, device=self.value.device)
+                    self.state[name] = made if share is None else share.wrapped(made)
+        return [local(self.state[name]) for name in names]
 
     def count(self) -> tuple[float, float]:
         """Count an update of `adam`; what its mean and square lack of a whole average."""
@@ -118,7 +136,7 @@ class DensePiece(Piece):
 
     def update(self, step: Step) -> None:
         """One step of the variant, block by block."""
-        running, variant = self.running(self.value.shape), self.options.variant
+        running, variant = self.running(self.value.shape, self.share), self.options.variant
         lacking = self.count() if variant == "adam" else (1.0, 1.0)
         for weights, noise, part in self._blocks(step.number):
             if variant == "sgd" and not step.decay:
@@ -153,11 +171,15 @@ class DensePiece(Piece):
             noise = torch.empty(value.shape, dtype=torch.float32, device=value.device)
             yield value, noise.normal_(generator=random), None
             return
-        flat, size = value.view(-1), block_size(value.device)
-        noise = torch.empty(min(size, len(flat)), dtype=torch.float32, device=value.device)
-        for start in range(0, len(flat), size):
-            block = flat[start : start + size]
-            yield block, noise[: len(block)].normal_(generator=random), slice(start, start + size)
+        flat, size, total = value.view(-1), block_size(value.device), self.whole_shape.numel()
+        first = 0 if self.share is None else self.share.rows.start * (total // self.whole_shape[0])
+        noise = torch.empty(min(size, total), dtype=torch.float32, device=value.device)
+        for start in range(0, min(total, first + len(flat)), size):
+            drawn = noise[: min(size, total - start)].normal_(generator=random)
+            part = slice(max(start - first, 0), max(start + size - first, 0))
+            if len(block := flat[part]):
+                at = max(first - start, 0)
+                yield block, drawn[at : at + len(block)], part
 
 
 class LowRankPiece(Piece):
@@ -170,6 +192,7 @@ class LowRankPiece(Piece):
         options: The optimiser's.
         seed: Of its directions.
         rank: Of each direction, at most the smaller side.
+        share: Which rows `matrices` are, where other processes hold others.
     """
 
     def __init__(
@@ -180,15 +203,16 @@ class LowRankPiece(Piece):
         options: TeZOOptions | LOZOOptions,
         seed: int,
         rank: int,
+        share: Share | None = None,
     ) -> None:
-        super().__init__(name, matrices, state, options, seed)
+        super().__init__(name, matrices, state, options, seed, share)
         self.rank = rank
         self.factor = rank**-0.5 if options.scale == "unit" else 1.0
         self.epoch: int | None = None
         chosen = options.factor_dtype if isinstance(options, TeZOOptions) else None
         self.factor_dtype = getattr(torch, chosen) if chosen else matrices.dtype
         state.setdefault("rank", rank)
-        state.setdefault("shape", list(matrices.shape))
+        state.setdefault("shape", list(self.whole_shape))
 
     def product(self, step: int, amount: float) -> tuple[Tensor, Tensor]:
         """(E, M, R) and (E, N, R) whose product is `amount` times the step's direction."""
@@ -217,11 +241,15 @@ class LowRankPiece(Piece):
         else:
             self.value.baddbmm_(left, right.mT, beta=keep)
 
-    def drawn(self, side: str, length: int, epoch: int) -> Tensor:
-        """A factor (E, length, R) that stays for an epoch: drawn on the CPU, the same on every device."""
+    def drawn(self, side: str, length: int, epoch: int, rows: slice | None = None) -> Tensor:
+        """A factor (E, length, R), or these rows of it, that stays for an epoch: drawn on the CPU, the same
+        on every device.
+        """
         random = generator(torch.device("cpu"), side, self.seed, self.name, epoch)
         with torch.inference_mode(False):
             made = torch.randn(len(self.value), length, self.rank, generator=random)
+            if rows is not None:
+                made = made[:, rows].clone()
             return made.to(device=self.value.device, dtype=self.factor_dtype)
 
     def _rows(self) -> Iterator[slice]:
@@ -242,6 +270,7 @@ class CPPiece(LowRankPiece):
         seed: Of its directions.
         rank: Of each direction.
         tau: Gives the (E * R,) numbers of a step.
+        share: Which rows `matrices` are, where other processes hold others.
     """
 
     def __init__(
@@ -253,8 +282,9 @@ class CPPiece(LowRankPiece):
         seed: int,
         rank: int,
         tau: Callable[[int], Tensor],
+        share: Share | None = None,
     ) -> None:
-        super().__init__(name, matrices, state, options, seed, rank)
+        super().__init__(name, matrices, state, options, seed, rank, share)
         self._tau = tau
         self._every, self._refresh = options.refresh_interval, options.refresh_state
         if "u" in state:  # factors that were saved with the state
@@ -299,8 +329,9 @@ class CPPiece(LowRankPiece):
             self.state["epoch"] = epoch
 
     def _factors(self, epoch: int) -> tuple[Tensor, Tensor]:
-        rows, columns = self.value.shape[-2:]
-        return self.drawn("u", rows, epoch), self.drawn("v", columns, epoch)
+        rows, columns = self.whole_shape[-2:]
+        mine = None if self.share is None else self.share.rows
+        return self.drawn("u", rows, epoch, mine), self.drawn("v", columns, epoch)
 
     def _carry(self, old_u: Tensor, old_v: Tensor) -> None:
         """Running means of old factors, as the new ones can say them; squares have no sign and stay."""

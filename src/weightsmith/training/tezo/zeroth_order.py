@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from weightsmith.errors import InputError
 from weightsmith.training.lightsam.replay import random_state, running_statistics_kept, set_random_state
 from weightsmith.training.names import named_parameters, plain_name
+from weightsmith.training.sharded import local
 from weightsmith.training.tezo.branch import Branches
 from weightsmith.training.tezo.layout import Moving, check_state, make_pieces, moving
 from weightsmith.training.tezo.noise import hashed
@@ -65,8 +67,8 @@ class ZerothOrder(torch.optim.Optimizer):
         weight_decay: Decoupled decay of what has at least two axes.
         maximize: Climb instead of descend.
         model: Where `restore="branch"` finds the modules of matrices; its batch normalisation keeps its
-            running statistics out of the second probe.
-        process_group: Processes that hold the same weights and see different data; "auto" takes all, where
+            running statistics out of the second probe. Needed where it is sharded (FSDP2, TeZO only).
+        process_group: Processes that train the same weights and see different data; "auto" takes all, where
             torch.distributed runs, None this one alone. They exchange one short row of numbers a step.
         save_factors: Put factors into state dicts; otherwise they are drawn again.
     """
@@ -100,12 +102,14 @@ class ZerothOrder(torch.optim.Optimizer):
         self._sums = [0.0, 0.0, 0.0]
         self._offset = 0
         self._copies: dict[int, Tensor] = {}
+        self._sharded = False
         defaults = {"lr": lr, "rho": options.rho, "weight_decay": weight_decay}
         defaults["decoupled_weight_decay"] = True
         super().__init__(params, {**defaults, "step": 0, "seed": options.seed or 0})
         self.name_parameters(named_parameters(self, self._name))
+        members = self._moving()
         low_rank = isinstance(options, TeZOOptions | LOZOOptions)
-        if low_rank and all(member.matrices is None for member in self._moving()):
+        if low_rank and all(member.matrices is None for member in members):
             self._tell("matrices", "no matrix is trained, so this is MeZO")
         if options.restore == "branch" and model is not None:
             self.attach(model)
@@ -265,7 +269,7 @@ class ZerothOrder(torch.optim.Optimizer):
             states = {member.parameter: self.state[member.parameter] for member in members}
             pieces = make_pieces(members, states, self.options)
             self._pieces = [(p, m.group, m.parameter) for p, m in zip(pieces, members, strict=True)]
-            shapes = ((piece.name, tuple(piece.value.shape)) for piece in pieces)
+            shapes = ((piece.name, tuple(piece.whole_shape)) for piece in pieces)
             self._fingerprint = hashed(self.param_groups[0]["seed"], *shapes)
             if not self.step_count:
                 self._look_at_rho()
@@ -273,14 +277,27 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _moving(self) -> list[Moving]:
         try:
-            return moving(self.param_groups, self._names, self.options)
+            members = moving(self.param_groups, self._names, self.options)
+            sharded = next((member.name for member in members if member.share is not None), None)
+            if sharded and self._model is None:
+                raise InputError(
+                    f"{sharded}: is sharded; give it `model=model`, whose gathered copies of the weights are "
+                    "old after every move"
+                )
+            if sharded and self.save_factors:
+                raise InputError(
+                    f"{sharded}: is sharded, and `save_factors` would save the rows of one process; leave it "
+                    "out: factors are drawn again"
+                )
         except InputError as wrong:
             raise InputError(f"{self._name}: {wrong}") from wrong
+        self._sharded = sharded is not None
+        return members
 
     def _follow(self) -> None:
         """Notice parameters that live elsewhere now (moved to a device, cast, exchanged)."""
         if self._pieces is not None and any(
-            piece.value.data_ptr() != parameter.data_ptr() or piece.value.dtype != parameter.dtype
+            piece.value.data_ptr() != local(parameter).data_ptr() or piece.value.dtype != parameter.dtype
             for piece, _, parameter in self._pieces
         ):
             self._pieces = None
@@ -357,6 +374,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if branches is not None:
             branches.switch(on=target != 0)
         self._offset = target
+        self._drop_gathered()
 
     def _branched(self) -> Branches:
         if self._branches is None:
@@ -387,6 +405,16 @@ class ZerothOrder(torch.optim.Optimizer):
                 )
             )
         self._offset = 0
+        self._drop_gathered()
+
+    def _drop_gathered(self) -> None:
+        """Make FSDP2 gather anew: without a backward pass its root keeps the whole weights of the last
+        forward pass, from before they moved.
+        """
+        if self._sharded and self._model is not None:
+            for module in self._model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def _agreed(self) -> tuple[float, float]:
         """Difference of the probes and loss over all processes, the same bits on each."""
@@ -427,7 +455,7 @@ class ZerothOrder(torch.optim.Optimizer):
     def _look_at_rho(self) -> None:
         """Warn where a probe is smaller than what the weights' dtype can tell apart."""
         for piece, group, _ in self._prepared():
-            if piece.value.dtype.itemsize >= 4:
+            if piece.value.dtype.itemsize >= 4 or not piece.value.numel():
                 continue
             size = float(piece.value.float().square().mean().sqrt())
             least = torch.finfo(piece.value.dtype).eps * size

@@ -380,7 +380,7 @@ def table(results: Mapping[str, Any]) -> str:
         "",
         *(f"- {'holds' if held else 'misses'}: {words}" for words, held in found["checks"].items()),
         "",
-        f"## A linear target ({SIZE} x {SIZE}, rank {KEPT}, {len(targets)} seeds)",
+        f"**A linear target** ({SIZE} x {SIZE}, rank {KEPT}, {len(targets)} seeds).",
         "",
         f"Squared distance: {targets[0]['total']:.3f} before, {targets[0]['best']:.3f} at best. Means over "
         "seeds.",
@@ -402,7 +402,7 @@ def table(results: Mapping[str, Any]) -> str:
         "The preheat here trains B alone, to its optimum. One of both factors by ten steps of Adam at R=32 "
         f"leaves {excess:.1%} of the gain unmade with A frozen.",
         "",
-        f"## Text ({len(results['seeds'])} seeds, {results['batch']} windows of {LENGTH} characters a step)",
+        f"**Text** ({len(results['seeds'])} seeds, {results['batch']} windows of {LENGTH} characters a step)",
         "",
         f"Test loss in nats, mean (range), rank {RANK}; preheat of rank {LARGE} in {PREHEAT} steps, counted;",
         f"before {results['start']:.4f}. Of the rates {rates} the one that is best on the calibration text;",

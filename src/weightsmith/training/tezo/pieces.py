@@ -171,15 +171,19 @@ class DensePiece(Piece):
             noise = torch.empty(value.shape, dtype=torch.float32, device=value.device)
             yield value, noise.normal_(generator=random), None
             return
-        flat, size, total = value.view(-1), block_size(value.device), self.whole_shape.numel()
-        first = 0 if self.share is None else self.share.rows.start * (total // self.whole_shape[0])
+        flat, size, here = value.view(-1), block_size(value.device), value.numel()
+        first, total = 0, here
+        if self.share is not None:  # numbers of the rows before are drawn and not used
+            whole = self.share.parameter.shape
+            total = whole.numel()
+            first = self.share.rows.start * (total // whole[0])
         noise = torch.empty(min(size, total), dtype=torch.float32, device=value.device)
-        for start in range(0, min(total, first + len(flat)), size):
+        for start in range(0, min(total, first + here), size):
             drawn = noise[: min(size, total - start)].normal_(generator=random)
-            part = slice(max(start - first, 0), max(start + size - first, 0))
-            if len(block := flat[part]):
-                at = max(first - start, 0)
-                yield block, drawn[at : at + len(block)], part
+            part = slice(max(start - first, 0), min(start + size - first, here))
+            if part.start < part.stop:
+                at = first + part.start - start
+                yield flat[part], drawn[at : at + part.stop - part.start], part
 
 
 class LowRankPiece(Piece):

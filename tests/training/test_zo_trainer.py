@@ -144,6 +144,23 @@ def test_a_loss_of_several_numbers_is_refused(tmp_path):
         run(tmp_path, MAKERS["MeZO"], Rows)
 
 
+@pytest.mark.parametrize(
+    ("switch", "message"),
+    [
+        ("is_deepspeed_enabled", "DeepSpeed keeps weights to itself"),
+        ("is_fsdp_enabled", "the Trainer's FSDP exchanges parameters behind the optimiser"),
+    ],
+)
+def test_a_trainer_that_shards_is_refused(tmp_path, switch, message):
+    class Sharding(ZOTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            setattr(self, switch, True)
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    with pytest.raises(InputError, match=message):
+        run(tmp_path, MAKERS["MeZO"], Sharding)
+
+
 def test_a_loss_scaler_that_waits_for_gradients_is_let_go(tmp_path):
     """As accelerate sets it under fp16, which needs a GPU."""
 

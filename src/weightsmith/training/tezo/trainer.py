@@ -53,7 +53,7 @@ class ZOTrainerMixin(_Base):
             The loss of the whole batch there, 0 before.
 
         Raises:
-            InputError: DeepSpeed, which keeps weights to itself.
+            InputError: DeepSpeed, which keeps weights to itself; FSDP by the Trainer.
         """
         optimizer = zeroth_order_optimizer(self.optimizer)
         if optimizer is None:
@@ -94,6 +94,11 @@ class ZOTrainerMixin(_Base):
     def _prepare_for_probes(self) -> None:
         if self.is_deepspeed_enabled:
             raise InputError("ZOTrainerMixin: DeepSpeed keeps weights to itself; replicate the model (DDP)")
+        if self.is_fsdp_enabled:
+            raise InputError(
+                "ZOTrainerMixin: the Trainer's FSDP exchanges parameters behind the optimiser; replicate the "
+                "model (DDP), or shard it with fully_shard in a loop of your own, where TeZO knows it"
+            )
         if self.args.max_grad_norm and self.args.max_grad_norm > 0:
             logger.warning(
                 "ZOTrainerMixin: max_grad_norm=%g is ignored: there are no gradients; the optimiser's `clip` "

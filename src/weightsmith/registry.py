@@ -300,6 +300,7 @@ METHODS: tuple[MethodCard, ...] = (
         "2502.07739",
         "hrp.initialize:initialize_lora_hrp_weights",
         "Begin a small LoRA adapter in the direction that a large one takes in a few steps.",
+        verdict="reproduced",
     ),
     _training(
         "sewa",

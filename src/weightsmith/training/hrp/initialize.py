@@ -97,8 +97,8 @@ def initialize_lora_hrp_weights(
 
     Raises:
         InputError: no LoRA model, an adapter that is trained or stands on changed weights, no data or two
-        kinds
-            of it, a loss that is no number, a state dict or cache of something else. The model is as it was.
+            kinds of it, a loss that is no number, a state dict or cache of something else. The model is as it
+            was.
         MissingExtraError: peft is not installed.
     """
     made = _Call(model, options, adapter_name, overwrite, keywords)

@@ -11,6 +11,7 @@ from weightsmith.reports import graph
 from weightsmith.reports.folder import read_run
 
 from .made_runs import half_done, many_stages, quickstart, skills_of_a_users_models
+from .made_ways import ways
 
 
 def ancestors(reads):
@@ -68,6 +69,11 @@ def test_every_stage_is_a_box_and_shows_its_state(tmp_path):
     assert drawing.count("s-done") == 1
     assert drawing.count("s-failed") == 1
     assert "finetune · not finished" in drawing
+
+
+def test_a_training_shows_its_parts_and_its_data(tmp_path):
+    drawing = graph.draw_graph(read_run(ways(tmp_path / "run").folder))
+    assert "train · adagc, docs" in drawing
 
 
 def test_models_from_outside_stand_at_the_left_by_their_last_name(tmp_path):

@@ -56,10 +56,10 @@ def draw_graph(run: Run) -> Markup:
     for stage in run.stages:
         node = nodes[stage.name]
         data = data_of(stage)
-        several = f"{len(data)} data sets" if data else ""
+        several = f"{len(data)} data sets" if data else stage.method
         # Parts of a training by name, their options would not fit; first, as it is the end that gets cut.
         parts = [words.partition(" (")[0] for words in part_words(stage.config).values()]
-        made_of = stage.method or (data[0] if len(data) == 1 else several)
+        made_of = data[0] if len(data) == 1 else several
         detail = ", ".join([*parts, *filter(None, [made_of])])
         node.title = drawing.shorten(stage.name, 24)
         node.subtitle = drawing.shorten(f"{stage.kind} · {detail}" if detail else stage.kind, 30)

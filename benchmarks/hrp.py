@@ -6,8 +6,8 @@ Truncation: one layer of `width` x 4 `width` with a trained adapter of rank 128,
 ours by QR, `add_weighted_adapter` (svd) and `convert_to_lora` of PEFT, `torch.svd_lowrank` of the dense
 product, and beside them what PiSSA does to begin an adapter of that layer. First all cuts are checked to be
 the same. Preheat: a Llama of two layers; a step with an adapter of rank 64 against one of rank 8, and the
-preheat and the truncation of a run of 1,000 steps against that run. Peak memory is that of a process of its
-own, less that before the truncation.
+preheat and the truncation of a run of 1,000 steps against that run. Peak memory is what
+a process of its own has more than before the truncation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import contextlib
 import copy
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weightsmith.runs.environment import environment
+from weightsmith.runs.memory import peak_rss_bytes, reset_peak, rss_bytes
 from weightsmith.training.hrp.factors import principal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,32 +68,37 @@ def factors(model: Any) -> tuple[Tensor, Tensor]:
     return layer.lora_B["default"].weight, layer.lora_A["default"].weight.mT
 
 
-def by_qr(model: Any) -> Tensor:
+Cut = tuple[Tensor, Tensor]
+"""(rows of the weight, 8) and (8, columns): their product is what is kept."""
+
+
+def by_qr(model: Any) -> Cut:
     left, right = factors(model)
     (u, s, v), _ = principal(left, right, SMALL)
-    return (u * s[:SMALL]) @ v.mT
+    return u * s[:SMALL], v.mT
 
 
-def by_surgery(model: Any) -> Tensor:
+def by_surgery(model: Any) -> Cut:
     # One adapter alone is copied, not cut; the same one twice is cut.
     model.add_weighted_adapter(
         ["default"] * 2, [0.5, 0.5], "cut", combination_type="svd", svd_rank=SMALL, svd_full_matrices=True
     )
-    found = model.base_model.model.layer.get_delta_weight("cut").detach()
+    layer = model.base_model.model.layer
+    found = layer.lora_B["cut"].weight * layer.scaling["cut"], layer.lora_A["cut"].weight
     model.delete_adapter("cut")
     return found
 
 
-def by_conversion(model: Any) -> Tensor:
+def by_conversion(model: Any) -> Cut:
     _, state = peft.convert_to_lora(model, rank=SMALL, progressbar=False)
     a, b = (next(value for name, value in state.items() if f"lora_{letter}" in name) for letter in "AB")
-    return b @ a
+    return b, a
 
 
-def by_lowrank(model: Any) -> Tensor:
+def by_lowrank(model: Any) -> Cut:
     left, right = factors(model)
     u, s, v = torch.svd_lowrank(left.detach() @ right.detach().mT, q=4 * SMALL, niter=4)
-    return (u[:, :SMALL] * s[:SMALL]) @ v[:, :SMALL].mT
+    return u[:, :SMALL] * s[:SMALL], v[:, :SMALL].mT
 
 
 def pissa(model: Any) -> None:
@@ -120,13 +125,13 @@ TARGETS = (
 def agree(width: int) -> str:
     """All cuts are the same matrix, the approximate one to a hundredth."""
     model = trained(width)
-    ours = by_qr(model).detach()
+    ours = torch.mm(*by_qr(model)).detach()
     for name, bound in (
         ("PEFT add_weighted_adapter", 1e-4),
         ("PEFT convert_to_lora", 1e-4),
         ("svd_lowrank of the product", 1e-2),
     ):
-        other = CUTS[name](model).detach()
+        other = torch.mm(*CUTS[name](model)).detach()
         away = float((ours - other).norm() / ours.norm())
         assert away < bound, f"{name}: {away:.1e} away"
     return "cuts equal to 1e-4, svd_lowrank's to 1e-2, of their norm"
@@ -183,11 +188,16 @@ def in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
 
 
 def peak(name: str, width: int) -> int:
-    """Bytes by which the peak of this process rises in a truncation."""
+    """Bytes by which the peak of this process rises in a truncation.
+
+    Not in the first one, which loads libraries: that is of a tiny layer.
+    """
+    CUTS[name](trained(max(LARGE, width // 8)))
     model = trained(width)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reset_peak()
+    before = rss_bytes()
     CUTS[name](model)
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return peak_rss_bytes() - before
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

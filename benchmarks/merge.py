@@ -100,8 +100,8 @@ JOBS = {
     "passthrough": Job(models=("m1",), base=False),
 }
 AGREEMENT = {
-    "places": "equal, but for the last bfloat16 place (or what float32 rounds) in at most 1 of 100 entries: "
-    "sums are rounded in another order",
+    "places": "equal, but for the last bfloat16 place (or what float32 rounds) in at most 1 of 1,000 "
+    "entries: sums are rounded in another order",
     "selection": "equal to the last bfloat16 place, outside entries at the threshold that one keeps and the "
     "other doesn't (mergekit's unstable sort keeps any of equal magnitude): at most 1 of 20",
     "shapes": "shapes alone: of rows as near as these mergekit's divergence is what float32 rounds, so each "

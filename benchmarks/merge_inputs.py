@@ -98,7 +98,7 @@ def by_entry(ours: Checkpoint, theirs: Checkpoint, base: Checkpoint, kind: str) 
     """
     compared = []
     for name, info in ours.tensors.items():
-        if info.numel < LARGE:
+        if kind == "selection" and info.numel < LARGE:
             continue
         origin, one, other = (c.read(name) for c in (base, ours, theirs))
         larger = np.maximum(np.abs(one), np.abs(other))
@@ -108,7 +108,7 @@ def by_entry(ours: Checkpoint, theirs: Checkpoint, base: Checkpoint, kind: str) 
         compared.append({"differing": differing, "places": float(places.max())})
     if kind == "selection":  # what one keeps and the other doesn't is a matter of equal magnitudes
         return compared, all(entry["differing"] <= 0.05 for entry in compared)
-    return compared, all(entry["differing"] <= 0.01 and entry["places"] <= 1 for entry in compared)
+    return compared, all(entry["differing"] <= 1e-3 and entry["places"] <= 1 for entry in compared)
 
 
 def in_law(ours: Checkpoint, theirs: Checkpoint, base: Checkpoint, kind: str) -> tuple[list[Any], bool]:

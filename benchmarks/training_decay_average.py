@@ -376,6 +376,6 @@ def sections(layers: int) -> Iterable[Section]:
         ],
         agree_on_gradients,
         nothing,
-        [(usual, limit, 1.3), (usual, autograd, 0.2), (usual, twa, round(1 / 1.5, 2))],
+        [(usual, limit, 1.3), (full, limit, 1.3), (usual, autograd, 0.2), (usual, twa, round(1 / 1.5, 2))],
         network,
     )

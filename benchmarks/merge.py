@@ -155,21 +155,23 @@ def compete(folder: Path, size: str, method: str, rounds: int) -> dict[str, Any]
     clean(inputs)
     said = subprocess.run([*commands["weightsmith"], "--check"], stdout=subprocess.PIPE, check=True).stdout
     prediction = json.loads(said)["prediction"]
-    for number in range(rounds):
-        for name, command in commands.items():
-            if name == "cp -r":
-                (inputs / "copy").mkdir()
-            warm(read)
-            runs[name].append(measured(command))
-            print(f"{size} {method} {name}: {runs[name][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
-            if number == 0 and name == "mergekit":
-                agreement = json.loads(helper("compare", job.agreement, str(inputs)))
-                written = sum(file.stat().st_size for file in (inputs / "ours").iterdir())
-                if not agreement["agrees"]:
-                    sys.exit(f"{size} {method}: the outputs differ: {agreement}")
-            # At once, so that most of it never reaches the disk, which later runs would find busy.
-            if number > 0 or name != "weightsmith":
-                clean(inputs)
+    turns = [name for _ in range(rounds) for name in ("weightsmith", "mergekit")]
+    # Copies last: of large models they write more than the kernel lets wait in memory, and the disk is busy
+    # with them for longer than `sync` says.
+    for name in turns + ["cp -r"] * rounds:
+        if name == "cp -r":
+            (inputs / "copy").mkdir()
+        warm(read)
+        runs[name].append(measured(commands[name]))
+        print(f"{size} {method} {name}: {runs[name][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
+        if name == "mergekit" and not agreement:
+            agreement = json.loads(helper("compare", job.agreement, str(inputs)))
+            written = sum(file.stat().st_size for file in (inputs / "ours").iterdir())
+            if not agreement["agrees"]:
+                sys.exit(f"{size} {method}: the outputs differ: {agreement}")
+        # At once, so that most of it never reaches the disk, which later runs would find busy.
+        if agreement:
+            clean(inputs)
     result = summary(size, method, runs, agreement)
     return result | {"prediction": against(prediction, result, written)}
 

@@ -1,10 +1,13 @@
 """Writing: the same bytes as the reference libraries, exact plans, honest refusals, full disks."""
 
+import ctypes
 import errno
 import json
 import os
 import resource
+import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -270,6 +273,46 @@ def test_a_limit_on_file_size_is_one_line_too(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == []
+
+
+def answer_fallocate(monkeypatch, *numbers):
+    """Let the system's `fallocate` fail with each of `numbers` in turn, then do nothing and succeed."""
+    left = list(numbers)
+
+    def fallocate(*_):
+        ctypes.set_errno(left[0] if left else 0)
+        return -1 if left and left.pop(0) else 0
+
+    library = types.SimpleNamespace(fallocate=fallocate)
+    monkeypatch.setattr(writer_module.ctypes, "CDLL", lambda *_, **__: library)
+    return left
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="blocks are reserved on Linux")
+def test_blocks_are_reserved_before_the_first_tensor(tmp_path):
+    spec = [TensorSpec("w", "F32", (1 << 20,))]
+    with CheckpointWriter(tmp_path / "out", spec, side_files={"config.json": b"{}"}, lineage=LINEAGE):
+        (shard,) = tmp_path.glob(".out*/*.safetensors")
+        assert shard.stat().st_blocks * 512 >= shard.stat().st_size > 4 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="blocks are reserved on Linux")
+def test_a_disk_that_others_filled_is_found_before_the_first_byte(tmp_path, monkeypatch):
+    answer_fallocate(monkeypatch, errno.ENOSPC)
+    monkeypatch.setattr(writer_module.os, "pwrite", lambda *_: pytest.fail("something was written"))
+    with pytest.raises(SystemFault, match=r"out: .*[Nn]o space left on device"):
+        write_all(tmp_path / "out", {"w": torch.ones(3)})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="blocks are reserved on Linux")
+def test_a_file_system_that_cannot_reserve_gets_the_same_file(tmp_path, monkeypatch):
+    write_all(tmp_path / "reserved", {"w": torch.ones(3)})
+    left = answer_fallocate(monkeypatch, errno.EINTR, errno.EOPNOTSUPP)
+    write_all(tmp_path / "plain", {"w": torch.ones(3)})
+    assert not left
+    files = [tmp_path / name / "model.safetensors" for name in ("reserved", "plain")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_free_disk_is_looked_at_before_the_first_byte(tmp_path, monkeypatch):

@@ -10,10 +10,13 @@ Cost  1.5 to 2.3 ns of CPU time per element, float32 -> bfloat16: mostly the cas
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import errno
 import json
 import os
 import shutil
+import sys
 import threading
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -346,7 +349,7 @@ class CheckpointWriter(TensorFiles):
             path.parent.mkdir(exist_ok=True)
             descriptor = os.open(path, flags, 0o666)
             self._add(descriptor, shard, specs)
-            os.ftruncate(descriptor, shard.size)
+            _reserve(descriptor, shard.size)
             _pwrite(descriptor, shard.head, 0)
 
     def _write_small_files(self) -> None:
@@ -430,6 +433,26 @@ def _start_flush(target: _Target) -> None:
     if hasattr(os, "posix_fadvise"):  # not on macOS
         size = target.spec.nbytes
         os.posix_fadvise(target.descriptor, target.offset, size, os.POSIX_FADV_DONTNEED)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give a new file its length, and its blocks where the file system can.
+
+    A disk that others fill meanwhile is then found full before the first byte, not after hours, and a write
+    that need not look for a place costs the kernel a third less.
+    """
+    # `os.posix_fallocate` writes to every block where the file system can't: minutes, on a network's.
+    if sys.platform == "linux":
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+        while fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+            number = ctypes.get_errno()
+            if number in (errno.EOPNOTSUPP, errno.ENOSYS):
+                break
+            if number != errno.EINTR:
+                raise OSError(number, os.strerror(number))
+        else:
+            return
+    os.ftruncate(descriptor, size)
 
 
 def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:

@@ -3,10 +3,11 @@
 Problem  The mean of bfloat16 models is bound by passes over tiles, and half of the passes only move 16 bits
          into 32 and back.
 Method   Two neighbours are one 32-bit word: a mask makes the upper one a float32, a shift the lower one. All
-         lower ones and all upper ones are summed and rounded apart, and put together again.
+         lower ones and all upper ones are summed and rounded apart, through one buffer that stays in the
+         cache, and put together again.
 Result   The bits of `to_float32`, `blend.weighted_sum` and `from_float32`: each element meets the same
          operations in the same order.
-Cost     A fifth less than those three steps.
+Cost     A sixth less than those three steps.
 """
 
 from __future__ import annotations
@@ -43,28 +44,33 @@ def weighted_sum_bfloat16(
         Whether all sums are finite. A sum that has a NaN or an infinity in it is not.
     """
     half = out.size // 2
-    sums, more = buffer("pairs", out.size), buffer("more pairs", out.size)
+    sums, more = buffer("pairs", out.size), buffer("more of a half", half)
+    lower, upper = sums[:half], sums[half:]
+    low_bits, high_bits, more_bits = (values.view(np.uint32) for values in (lower, upper, more))
     equal = len(set(weights)) == 1
     for place, (row, weight) in enumerate(zip(rows, weights, strict=True)):
-        target = more if place else sums
         words = row.view(np.uint32)
-        np.left_shift(words, 16, out=target[:half].view(np.uint32))
-        np.bitwise_and(words, _UPPER, out=target[half:].view(np.uint32))
-        if not equal:
-            scaled(target, weight, divisor)
-        if place:
-            np.add(sums, more, out=sums)
+        if place == 0:
+            np.left_shift(words, 16, out=low_bits)
+            np.bitwise_and(words, _UPPER, out=high_bits)
+            if not equal:
+                scaled(sums, weight, divisor)
+            continue
+        for total, widened, operand in ((lower, np.left_shift, 16), (upper, np.bitwise_and, _UPPER)):
+            widened(words, operand, out=more_bits)
+            if not equal:
+                scaled(more, weight, divisor)
+            np.add(total, more, out=total)
     if equal:
         scaled(sums, weights[0], divisor)
-    bits, rounded = sums.view(np.uint32), more.view(np.uint32)
-    np.right_shift(bits, 16, out=rounded)
-    np.bitwise_and(rounded, 1, out=rounded)
-    np.add(rounded, 0x7FFF, out=rounded)
-    np.add(rounded, bits, out=rounded)
-    lower, upper = rounded[:half], rounded[half:]
-    np.right_shift(lower, 16, out=lower)
-    np.bitwise_and(upper, _UPPER, out=upper)
-    np.bitwise_or(lower, upper, out=out.view(np.uint32))
+    for bits in (low_bits, high_bits):
+        np.right_shift(bits, 16, out=more_bits)
+        np.bitwise_and(more_bits, 1, out=more_bits)
+        np.add(more_bits, 0x7FFF, out=more_bits)
+        np.add(bits, more_bits, out=bits)
+    np.right_shift(low_bits, 16, out=low_bits)
+    np.bitwise_and(high_bits, _UPPER, out=high_bits)
+    np.bitwise_or(low_bits, high_bits, out=out.view(np.uint32))
     return all_finite(out)
 
 

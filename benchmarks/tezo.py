@@ -4,7 +4,7 @@
 
 A transformer of width 512 on one row of 32 tokens, one thread. First every pair that should agree is checked
 to agree; then all take turns, and medians of processor time are printed: whole steps, and what a step costs
-beside its two forward passes. Peak memory is that of a process of its own for each (`ru_maxrss`), less that
+beside its two forward passes. Peak memory is that of a process of its own for each (`VmHWM`), less that
 of one that only runs forward.
 """
 
@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.runs.environment import environment
+from weightsmith.runs.memory import peak_rss_bytes, reset_peak
 from weightsmith.training import MeZO, MeZOAdam, TeZO, TeZOAdam, memory_report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,11 +182,13 @@ def agree() -> str:
 
 
 def peak_of(name: str, layers: int) -> int:
-    """Peak memory of this process after three steps."""
-    step = CONTESTANTS[name](Model(layers))
+    """Peak memory of this process in three steps."""
+    model = Model(layers)
+    reset_peak()  # what imports held for a while is nobody's
+    step = CONTESTANTS[name](model)
     for _ in range(3):
         step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_rss_bytes()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -142,6 +142,7 @@ def agree_on_steps() -> str:
     for make in (
         decayed("decoupled"),
         decayed("decoupled", foreach=True),
+        decayed("decoupled", fused=True),
         decayed("groups", foreach=True),
         decayed("groups", fused=True),
     ):

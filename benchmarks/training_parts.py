@@ -5,7 +5,7 @@
 
 Each section takes contestants that do the same job, checks first that they compute the same, then runs them
 in turns on the same tensors and prints the median of each and the ratios of rounds. Peak memory is that of a
-process of its own for each contestant (`ru_maxrss`, minus that of one that only holds the weights and
+process of its own for each contestant (`VmHWM`, minus that of one that only holds the weights and
 gradients). One thread.
 
 Sections are in `training_clip.py`, `training_sharpness.py` and `training_decay_average.py`. Named peers come
@@ -19,7 +19,6 @@ import argparse
 import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PEERS = {"pytorch_optimizer": "pytorch-optimizer", "weightwatcher": "weightwatcher"}
 """Modules and what registries call them."""
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+LARGE_BYTES = 32_000_000
+"""Just under the largest size that glibc takes from its heap."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,9 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    # What any forward pass does: glibc raises its thresholds to the largest block freed so far. With low ones
+    # it hands memory back to the system and takes it again within a step, and whom that hits is chance.
+    torch.ones(LARGE_BYTES, dtype=torch.uint8)
     sections = {section.name: section for section in all_sections(options.layers)}
     if options.memory_of:
         print(peak_of(sections[options.memory_of[0]], options.memory_of[1], options.layers))
@@ -189,16 +193,19 @@ def measure_memory(section: Section, options: argparse.Namespace) -> dict[str, i
 
 
 def peak_of(section: Section, name: str, layers: int) -> int:
-    """Peak memory of this process after three calls of one contestant."""
+    """Peak memory of this process in three calls of one contestant."""
+    from weightsmith.runs.memory import peak_rss_bytes, reset_peak
+
     parameters = (section.parameters or parameters_with_gradients)(layers)
     section.prepare(parameters, 0)
+    reset_peak()  # what imports held for a while is nobody's
     for contestant in section.contestants:
         if contestant.name == name:
             call = contestant.make(parameters)
             for number in range(3):
                 section.prepare(parameters, number)
                 call()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_rss_bytes()
 
 
 def machine() -> dict[str, Any]:

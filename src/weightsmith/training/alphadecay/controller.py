@@ -27,6 +27,7 @@ from weightsmith.training.alphadecay.groups import (
     inner_optimizer,
     members_by_decay,
     one_group_each,
+    update_fused,
 )
 from weightsmith.training.alphadecay.matrices import find_matrices
 from weightsmith.training.alphadecay.options import AlphaDecayOptions, decay_factors
@@ -305,14 +306,13 @@ class AlphaDecay:
     def _decay(self) -> None:
         """Have the coming update decay each matrix by its own value.
 
-        In the optimiser's own pass where that goes through matrices one by one; otherwise in a pass before
-        it, and the optimiser is told not to.
+        In the optimiser's own pass where that goes through matrices one by one (or in its kernel, called from
+        here); otherwise in a pass before it, and the optimiser is told not to.
         """
         if decays_in_place(self._optimizer, self.matrices):
             self._whole_groups = list(self._optimizer.param_groups)
-            self._optimizer.param_groups[:] = [
-                {**self._whole_groups[place], **own} for place, own in self._split_groups()
-            ]
+            split = [{**self._whole_groups[place], **own} for place, own in self._split_groups()]
+            self._optimizer.param_groups[:] = update_fused(self._optimizer, split)
             return
         factors = self._factor_by_id()
         for group in self._optimizer.param_groups:

@@ -65,6 +65,55 @@ def members_by_decay(
     return split
 
 
+def update_fused(optimizer: Optimizer, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Do the update of fused AdamW for groups of one matrix, straight by torch's kernel.
+
+    Of an AdamW of many groups a twentieth of the time on a CPU is the Python around the kernel, 50
+    microseconds a group. A matrix that the optimiser would look at more closely stays with it: without state
+    or gradient, or with a gradient that a scaler still has to unscale.
+
+    Args:
+        groups: Those of the coming step.
+
+    Returns:
+        The groups that are left to the optimiser.
+    """
+    if any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf")):
+        return list(groups)
+    left, taken = [], []
+    for group in groups:
+        parameter = group["params"][0]
+        state = optimizer.state.get(parameter)
+        plain = group["fused"] and not group["amsgrad"] and not group["differentiable"]
+        if plain and len(group["params"]) == 1 and state and _is_dense(parameter.grad):
+            taken.append((group, parameter, state))
+        else:
+            left.append(group)
+    if taken:
+        torch._foreach_add_([state["step"] for _, _, state in taken], 1)
+    for group, parameter, state in taken:
+        torch._fused_adamw_(
+            [parameter],
+            [parameter.grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            lr=group["lr"],
+            beta1=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=group["maximize"],
+        )
+    return left
+
+
+def _is_dense(gradient: Tensor | None) -> bool:
+    return gradient is not None and gradient.layout == torch.strided
+
+
 def check_groups(optimizer: Optimizer, matrices: Sequence[Matrix], options: AlphaDecayOptions) -> None:
     """Refuse an optimiser that can't be steered.
 

@@ -1,10 +1,12 @@
 """Parts of a training step on a Llama-shaped model of 124 M weights, against what people use now.
 
-    python benchmarks/training_parts.py [--sections clip,optimizers,...] [--rounds 9] [--layers 12]
-                                        [--out benchmarks/results/training_parts.json]
+    python benchmarks/training_parts.py [--sections clip,optimizers,...] [--processes 5] [--rounds 5]
+                                        [--layers 12] [--out benchmarks/results/training_parts.json]
 
 Each section takes contestants that do the same job, checks first that they compute the same, then runs them
-in turns on the same tensors and prints the median of each and the ratios of rounds. Peak memory is that of a
+in turns on the same tensors and prints the median of each and the ratios of rounds, over several processes:
+where memory comes to lie makes whoever needs much of it twice as slow in one process as in the next. Peak
+memory is that of a
 process of its own for each contestant (`VmHWM`, minus that of one that only holds the weights and
 gradients). One thread.
 
@@ -96,11 +98,13 @@ def parameters_with_gradients(layers: int) -> list[Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sections", help="names, by default all")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--processes", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="in each process")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--only", choices=["time", "memory"], help="keep the other from earlier results")
     parser.add_argument("--peers", type=Path, help="folder with the peers' packages")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "training_parts.json")
+    parser.add_argument("--time-of", metavar="SECTION", help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", nargs=2, metavar=("SECTION", "NAME"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     sys.path.append(str(Path(__file__).parent))
@@ -116,6 +120,9 @@ def main() -> None:
     # it hands memory back to the system and takes it again within a step, and whom that hits is chance.
     torch.ones(LARGE_BYTES, dtype=torch.uint8)
     sections = {section.name: section for section in all_sections(options.layers)}
+    if options.time_of:
+        print(json.dumps(times_of(sections[options.time_of], options)))
+        return
     if options.memory_of:
         print(peak_of(sections[options.memory_of[0]], options.memory_of[1], options.layers))
         return
@@ -143,9 +150,33 @@ def all_sections(layers: int) -> Iterable[Section]:
 
 
 def compete(section: Section, options: argparse.Namespace) -> dict[str, Any]:
-    """All rounds of a section."""
+    """All rounds of a section in all processes."""
+    command = [*child(options), "--rounds", str(options.rounds), "--time-of", section.name]
+    seconds: dict[str, list[float]] = {contestant.name: [] for contestant in section.contestants}
+    found: dict[str, Any] = {}
+    for _ in range(options.processes):
+        found = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+        for name, values in found.pop("seconds").items():
+            seconds[name] += values
+    print(f"{section.name}: same result: {found['agreement']}", file=sys.stderr, flush=True)
+    return {
+        "section": section.name,
+        "title": section.title,
+        "processes": options.processes,
+        "rounds": options.rounds,
+        **found,
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "targets": [
+            {"ours": ours, "theirs": theirs, "at_most": limit, **ratio(seconds[ours], seconds[theirs])}
+            for ours, theirs, limit in section.targets
+        ],
+        "all": seconds,
+    }
+
+
+def times_of(section: Section, options: argparse.Namespace) -> dict[str, Any]:
+    """The rounds of a section in this process."""
     agreement = section.agree()
-    print(f"{section.name}: same result: {agreement}", file=sys.stderr, flush=True)
     parameters = (section.parameters or parameters_with_gradients)(options.layers)
     timed = [(contestant.name, contestant.make(parameters)) for contestant in section.contestants]
     seconds: dict[str, list[float]] = {name: [] for name, _ in timed}
@@ -159,34 +190,30 @@ def compete(section: Section, options: argparse.Namespace) -> dict[str, Any]:
             if number >= 0:
                 seconds[name].append(time.perf_counter() - begun)
     return {
-        "section": section.name,
-        "title": section.title,
         "weights": sum(parameter.numel() for parameter in parameters),
         "tensors": len(parameters),
-        "rounds": options.rounds,
         "agreement": agreement,
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "targets": [
-            {"ours": ours, "theirs": theirs, "at_most": limit, **ratio(seconds[ours], seconds[theirs])}
-            for ours, theirs, limit in section.targets
-        ],
-        "all": seconds,
+        "seconds": seconds,
     }
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
-    """Median of ours over theirs by round, and the range without its extremes."""
+    """Median of ours over theirs by round, and the range without the outermost tenths."""
     ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
-    inner = ratios[1:-1] if len(ratios) > 4 else ratios
+    inner = ratios[len(ratios) // 10 : len(ratios) - len(ratios) // 10]
     return {"ratio": statistics.median(ratios), "range": [inner[0], inner[-1]]}
+
+
+def child(options: argparse.Namespace) -> list[str]:
+    """The command of a process of its own."""
+    peers = ["--peers", str(options.peers)] if options.peers else []
+    return [sys.executable, __file__, "--layers", str(options.layers), *peers]
 
 
 def measure_memory(section: Section, options: argparse.Namespace) -> dict[str, int]:
     """Peak memory beyond weights and gradients, one process for each contestant."""
-    command = [sys.executable, __file__, "--layers", str(options.layers)]
-    command += ["--peers", str(options.peers)] if options.peers else []
     peaks = {
-        name: int(subprocess.check_output([*command, "--memory-of", section.name, name]).split()[-1])
+        name: int(subprocess.check_output([*child(options), "--memory-of", section.name, name]).split()[-1])
         for name in ["", *(contestant.name for contestant in section.contestants)]
     }
     return {name: peak - peaks[""] for name, peak in peaks.items() if name}
@@ -226,7 +253,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             f"### {result['title']}",
             "",
             f"{result['weights'] / 1e6:.0f} M weights in {result['tensors']} tensors, median of "
-            f"{result['rounds']} rounds; "
+            f"{result['processes']} processes of {result['rounds']} rounds; "
             f"same result: {result['agreement']}.",
             "",
         ]

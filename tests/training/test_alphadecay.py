@@ -260,6 +260,16 @@ def test_an_optimiser_that_keeps_its_groups_whole_takes_the_same_steps_as_adamw(
     assert seen == [[len(group["params"]) for group in other.param_groups]] * 10
 
 
+@pytest.mark.parametrize("backend", [{"foreach": False}, {"fused": True, "foreach": None}])
+def test_mode_decoupled_decouples_what_adam_would_add_to_the_gradient(backend):
+    model, twin = net(), net()
+    adam, wanted = adamw(model, torch.optim.Adam, **backend), adamw(twin, **backend)
+    decay_for(model, adam, mode="decoupled")
+    decay_for(twin, wanted)
+    for ours, theirs in zip(train(model, adam, 10), train(twin, wanted, 10), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", [{"foreach": False}, {"foreach": True}])
 @pytest.mark.parametrize("mode", ["decoupled", "groups"])
 def test_equal_ends_of_the_range_train_bit_for_bit_as_uniform_decay(mode, backend, caplog):

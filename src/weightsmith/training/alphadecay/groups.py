@@ -44,7 +44,9 @@ def decays_in_place(optimizer: Optimizer, matrices: Sequence[Matrix]) -> bool:
     takes all of a group in one launch, and other optimisers may keep something by group.
     """
     plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
-    return plain and all(matrix.parameter.device.type == "cpu" for matrix in matrices)
+    return (
+        plain and decouples(optimizer) and all(matrix.parameter.device.type == "cpu" for matrix in matrices)
+    )
 
 
 def members_by_decay(

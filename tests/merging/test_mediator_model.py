@@ -166,6 +166,15 @@ def test_both_modes_agree_for_any_mix(mediated, batch):
         close(logits(delta, batch, weights=mix[0]), logits(merged, batch, weights=mix[0]))
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (4, 3), (4, 40)])
+def test_few_rows_and_many_rows_go_through_the_same_weights(mediated, shape):
+    delta, merged = (Mediator.from_pretrained(mediated, mode=mode) for mode in ("delta", "materialize"))
+    ids = torch.randint(2, VOCABULARY, shape, generator=torch.Generator().manual_seed(2))
+    soft, none = {"math": 0.2, "code": 0.5, "law": 0.3}, dict.fromkeys(TASKS, 0.0)
+    for given in (soft, {"law": 1.0}, none, [soft, {"law": 1.0}, none, soft][: len(ids)]):
+        close(logits(delta, ids, weights=given), logits(merged, ids, weights=given))
+
+
 @pytest.mark.parametrize("mode", ["delta", "materialize"])
 def test_a_batch_of_several_tasks_answers_each_row_as_if_alone(mediated, batch, mode):
     m = Mediator.from_pretrained(mediated, mode=mode)

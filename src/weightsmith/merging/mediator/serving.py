@@ -29,8 +29,8 @@ from weightsmith.merging.mediator.store import MediatorStore
 Mode = Literal["materialize", "delta"]
 Weights = tuple[float, ...]
 
-# From so many tokens on, adding the experts to a copy of the matrix costs less than sparse products.
-_DENSE_TOKENS = 64
+# From so many rows a mix on, adding the experts to a copy of the matrix costs less than sparse products.
+_MANY_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class Mix:
 
     rows: tuple[Weights, ...]
     groups: dict[Weights, list[int]] = field(compare=False)
+    _places: dict[tuple[int, torch.device], list[tuple[Weights, Tensor | None]]] = field(
+        default_factory=dict, compare=False
+    )
 
     @classmethod
     def of(cls, rows: Sequence[Weights]) -> Mix:
@@ -65,6 +68,18 @@ class Mix:
             raise InputError(f"experts were chosen for {len(self.rows)} sequences, the batch has {batch}")
         times = batch // len(self.rows)
         return Mix.of([weights for weights in self.rows for _ in range(times)])
+
+    def places(self, tokens: int, device: torch.device) -> list[tuple[Weights, Tensor | None]]:
+        """Distinct weights, and the rows that have them where each sequence is so many rows; None for all."""
+        if (tokens, device) not in self._places:
+            within = torch.arange(tokens, device=device)
+            self._places[tokens, device] = [
+                (weights, (torch.tensor(sequences, device=device)[:, None] * tokens + within).reshape(-1))
+                for weights, sequences in self.groups.items()
+            ]
+            if self.single is not None:
+                self._places[tokens, device] = [(self.single, None)]
+        return self._places[tokens, device]
 
     @property
     def single(self) -> Weights | None:
@@ -198,22 +213,21 @@ class _Part:
             return self.original(*args, **kwargs)
         mix = self.serving.mix
         assert mix is not None
-        tokens = _tokens(args, kwargs, mix, self.module)
         if self.serving.mode == "delta" and self.linear and len(args) == 1 and not kwargs:
-            return self._add_products(args[0], mix)
+            return self._with_experts(args[0], mix)
         if mix.single is not None:
             with self._parameters(mix.single):
                 return self.original(*args, **kwargs)
-        return self._by_groups(args, kwargs, mix, tokens)
+        return self._by_groups(args, kwargs, mix)
 
-    def _by_groups(self, args: Any, kwargs: Any, mix: Mix, tokens: int) -> Any:
+    def _by_groups(self, args: Any, kwargs: Any, mix: Mix) -> Any:
         """Once for each mix in the batch, on the rows that have it."""
         joined: Any = None
+        first = _first_tensor(args, kwargs)
+        tokens = _tokens(first, mix, self.module)
         size = len(mix.rows) * tokens
-        for weights, sequences in mix.groups.items():
-            device = _first_tensor(args, kwargs).device
-            rows = torch.tensor(sequences, device=device)[:, None] * tokens
-            rows = (rows + torch.arange(tokens, device=device)).reshape(-1)
+        for weights, rows in mix.places(tokens, first.device):
+            assert rows is not None
             own = [_rows_of(value, rows, size) for value in args]
             named = {key: _rows_of(value, rows, size) for key, value in kwargs.items()}
             with self._parameters(weights):
@@ -231,39 +245,63 @@ class _Part:
             for target in self.targets:
                 target.parameter.data = target.dense
 
-    def _add_products(self, x: Tensor, mix: Mix) -> Tensor:
-        """Dense product, and each expert's sparse one on the rows that use it."""
+    def _with_experts(self, x: Tensor, mix: Mix) -> Tensor:
+        """A linear map's output where each sequence has its own experts.
+
+        For few rows the dense product of all of them, and each expert's sparse product on the rows that use
+        it; for many rows of each mix a product with the merged matrix.
+        """
+        if mix.single is None:
+            _tokens(x, mix, self.module)
         flat = x.reshape(-1, x.shape[-1])
-        tokens = len(flat) // len(mix.rows)
-        weight = next((target for target in self.targets if target.attribute == "weight"), None)
-        if mix.single is not None and len(flat) >= _DENSE_TOKENS:
-            merged = {id(target): self.serving.compute(target, mix.single) for target in self.targets}
-            for target in self.targets:
-                target.parameter.data = merged[id(target)]
-            try:
-                return self.original(x)
-            finally:
-                for target in self.targets:
-                    target.parameter.data = target.dense
-        out = self.original(x)
-        y = out.reshape(-1, out.shape[-1])
-        for index, task in enumerate(self.serving.store.tasks):
-            of_row = torch.tensor([weights[index] for weights in mix.rows], device=x.device)
-            if not bool(of_row.any()):
-                continue
-            of_token = of_row.repeat_interleave(tokens)
-            rows = torch.nonzero(of_token).reshape(-1)
-            everything = len(rows) == len(flat)
-            change = torch.zeros(1, 1, device=x.device)
-            if weight is not None:
-                used = flat if everything else flat[rows]
-                change = torch.sparse.mm(self._product(weight, task), used.float().T).T
+        places = mix.places(len(flat) // len(mix.rows), x.device)
+        if len(flat) >= _MANY_ROWS * len(places):
+            parts = [(self._merged_product(_taken(flat, rows), weights), rows) for weights, rows in places]
+            y = parts[0][0]
+            if mix.single is None:
+                y = y.new_empty(len(flat), y.shape[1])
+                for found, rows in parts:
+                    y[rows] = found
+        else:
+            y = self.original(flat)
+            for weights, rows in places:
+                if any(weights):
+                    change = self._change(_taken(flat, rows), weights).to(y.dtype)
+                    y = y + change if rows is None else y.index_add(0, rows, change)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _change(self, x: Tensor, weights: Weights) -> Tensor:
+        """What the experts add to the output of x (rows, in): fp32 (rows, out) or (1, out)."""
+        change = torch.zeros(1, 1, device=x.device)
+        for task, weight in self._active(weights):
             for target in self.targets:
                 if target.attribute == "bias":
-                    change = change + self._vector(target, task)
-            change = (change * of_token[rows][:, None]).to(y.dtype)
-            y = y + change if everything else y.index_add(0, rows, change)
-        return y.reshape(out.shape)
+                    found = self._vector(target, task)[None]
+                elif len(x) == 1:
+                    found = torch.mv(self._product(target, task), x[0].float())[None]
+                else:
+                    found = torch.sparse.mm(self._product(target, task), x.float().T.contiguous()).T
+                change = torch.add(change, found, alpha=weight)
+        return change
+
+    def _merged_product(self, x: Tensor, weights: Weights) -> Tensor:
+        """The output of x (rows, in) with the experts added to the matrix, in fp32 and then rounded."""
+        linear = isinstance(self.module, nn.Linear)  # Conv1D keeps (in, out)
+        held = {"weight": self.module.weight, "bias": self.module.bias}
+        for target in self.targets:
+            is_bias = target.attribute == "bias"
+            total = target.dense if is_bias or linear else target.dense.T
+            total = total.float()
+            for task, weight in self._active(weights):
+                found = self._vector(target, task) if is_bias else self._product(target, task)
+                total = torch.add(total, found, alpha=weight)
+            held[target.attribute] = total.to(target.dense.dtype)
+        routed = any(target.attribute == "weight" for target in self.targets)
+        matrix = held["weight"] if linear or routed else held["weight"].T
+        return nn.functional.linear(x, matrix, held["bias"])
+
+    def _active(self, weights: Weights) -> list[tuple[str, float]]:
+        return [pair for pair in zip(self.serving.store.tasks, weights, strict=True) if pair[1]]
 
     def _product(self, target: Target, task: str) -> Tensor:
         """An expert's difference as a sparse (out, in) matrix."""
@@ -396,17 +434,20 @@ def _owners(model: Any, targets: list[Target]) -> list[tuple[nn.Module, list[Tar
     return [(model.get_submodule(name), found) for name, found in lifted.items()]
 
 
-def _tokens(args: Any, kwargs: Any, mix: Mix, module: nn.Module) -> int:
+def _tokens(first: Tensor, mix: Mix, module: nn.Module) -> int:
     """Rows of a module's input that belong to one sequence: the first axis is sequences, or all their
     tokens.
     """
-    leading = len(_first_tensor(args, kwargs))
-    if leading % len(mix.rows):
+    if len(first) % len(mix.rows):
         raise InputError(
-            f"{type(module).__name__}: an input of {leading} rows can't be told apart into "
+            f"{type(module).__name__}: an input of {len(first)} rows can't be told apart into "
             f"{len(mix.rows)} sequences; use one mix for the whole batch"
         )
-    return leading // len(mix.rows)
+    return len(first) // len(mix.rows)
+
+
+def _taken(flat: Tensor, rows: Tensor | None) -> Tensor:
+    return flat if rows is None else flat[rows]
 
 
 def _first_tensor(args: Any, kwargs: Any) -> Tensor:

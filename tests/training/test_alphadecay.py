@@ -222,29 +222,31 @@ def test_both_modes_take_the_same_steps_under_a_learning_rate_schedule(backend):
 )
 @pytest.mark.parametrize("closure", [False, True])
 def test_the_fused_kernel_called_from_the_hook_takes_torchs_own_steps(options, closure, monkeypatch):
-    results = []
+    calls, kernel = [], torch._fused_adamw_
+
+    def counted(*arguments, **keywords):
+        calls.append(len(arguments[0]))
+        kernel(*arguments, **keywords)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", counted)
+    results, steps = [], []
     for mode in ("groups", "decoupled"):
         model = net()
         optimizer = adamw(model, fused=True, foreach=None, **options)
         decay_for(model, optimizer, mode=mode, interval=5)
-        calls = []
-        kernel = torch._fused_adamw_
-        monkeypatch.setattr(torch, "_fused_adamw_", lambda *a, **k: (calls.append(1), kernel(*a, **k)))
+        calls.clear()
         for step in range(20):
             optimizer.zero_grad()
             loss_of(model, step).backward()
             if step == 9:
                 model.layers[0].q_proj.weight.grad = None  # stays behind the others by a step from here on
             optimizer.step((lambda: 1.0) if closure else None)
-        monkeypatch.undo()
-        saved = optimizer.state_dict()
-        results.append((list(model.parameters()), [saved["state"][key] for key in sorted(saved["state"])]))
-        assert len(calls) >= 20 * len(PROJECTIONS) - 1
-    for ours, theirs in zip(results[0][0], results[1][0], strict=True):
+        assert sum(calls) == 20 * len(list(model.parameters())) - 1
+        results.append(list(model.parameters()))
+        steps.append(sorted(float(state["step"]) for state in optimizer.state.values()))
+    for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
-    assert sorted(float(state["step"]) for state in results[0][1]) == sorted(
-        float(state["step"]) for state in results[1][1]
-    )
+    assert steps[0] == steps[1]
 
 
 @pytest.mark.parametrize("backend", [{"foreach": False}, {"fused": True, "foreach": None}])

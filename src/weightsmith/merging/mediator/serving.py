@@ -286,8 +286,9 @@ class _Part:
 
     def _merged_product(self, x: Tensor, weights: Weights) -> Tensor:
         """The output of x (rows, in) with the experts added to the matrix, in fp32 and then rounded."""
-        linear = isinstance(self.module, nn.Linear)  # Conv1D keeps (in, out)
-        held = {"weight": self.module.weight, "bias": self.module.bias}
+        module: Any = self.module
+        linear = isinstance(module, nn.Linear)  # Conv1D keeps (in, out)
+        held = {"weight": module.weight, "bias": module.bias}
         for target in self.targets:
             is_bias = target.attribute == "bias"
             total = target.dense if is_bias or linear else target.dense.T

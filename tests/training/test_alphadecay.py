@@ -262,6 +262,24 @@ def test_an_optimiser_that_keeps_its_groups_whole_takes_the_same_steps_as_adamw(
     assert seen == [[len(group["params"]) for group in other.param_groups]] * 10
 
 
+@pytest.mark.parametrize("backend", [{"foreach": False}, {"foreach": True}, {"fused": True, "foreach": None}])
+def test_a_hook_that_comes_later_still_changes_the_gradients_of_the_step(backend):
+    def reverse(optimizer, *_):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.neg_()
+
+    results = []
+    for mode in ("groups", "decoupled"):
+        model = net()
+        optimizer = adamw(model, **backend)
+        decay_for(model, optimizer, mode=mode)
+        optimizer.register_step_pre_hook(reverse)
+        results.append(train(model, optimizer, 5))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", [{"foreach": False}, {"fused": True, "foreach": None}])
 def test_mode_decoupled_decouples_what_adam_would_add_to_the_gradient(backend):
     model, twin = net(), net()

@@ -280,21 +280,22 @@ class AlphaDecay:
             self._write_groups()
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimiser
-        if closure is None:
+        if closure is None and not decays_in_place(self._optimizer, self.matrices):
             self._decay()
             return None
-        # AdamW evaluates the closure first and decays then: so do we.
+        # AdamW evaluates the closure first and decays then: so do we. Without one, ours comes after the hooks
+        # of others, who may still change gradients.
         return (optimizer, self._then_decay(closure)), {}
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         self._restore()
 
-    def _then_decay(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _then_decay(self, closure: Callable[[], Any] | None) -> Callable[[], Any]:
         decayed = False
 
         def evaluate() -> Any:
             nonlocal decayed
-            loss = closure()
+            loss = closure() if closure is not None else None
             if not decayed:
                 decayed = True
                 self._decay()

@@ -175,6 +175,20 @@ def test_few_rows_and_many_rows_go_through_the_same_weights(mediated, shape):
         close(logits(delta, ids, weights=given), logits(merged, ids, weights=given))
 
 
+def test_the_dense_part_has_the_same_gradient_by_few_rows_and_by_many(llama, tmp_path):
+    m = Mediator.from_pretrained(built(llama, tmp_path / "m", routed=2, expert_density=0.3))
+    ids = torch.randint(2, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(2))
+    gradients = []
+    for rows in (ids[:, :6], ids):
+        for given in ("law", ["law", "math"]):
+            m.model.zero_grad()
+            m(input_ids=rows, task_id=given).logits[:, :6].sum().backward()
+            gradients.append([p.grad.clone() for p in m.model.parameters()])
+    for one, other in zip(gradients[:2], gradients[2:], strict=True):
+        for few, many in zip(one, other, strict=True):
+            close(few, many, 1e-4)
+
+
 @pytest.mark.parametrize("mode", ["delta", "materialize"])
 def test_a_batch_of_several_tasks_answers_each_row_as_if_alone(mediated, batch, mode):
     m = Mediator.from_pretrained(mediated, mode=mode)

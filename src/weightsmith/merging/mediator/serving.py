@@ -72,11 +72,13 @@ class Mix:
     def places(self, tokens: int, device: torch.device) -> list[tuple[Weights, Tensor | None]]:
         """Distinct weights, and the rows that have them where each sequence is so many rows; None for all."""
         if (tokens, device) not in self._places:
-            within = torch.arange(tokens, device=device)
-            self._places[tokens, device] = [
-                (weights, (torch.tensor(sequences, device=device)[:, None] * tokens + within).reshape(-1))
-                for weights, sequences in self.groups.items()
-            ]
+            # Made inside of an inference mode they could not be used outside of it.
+            with torch.inference_mode(False):
+                within = torch.arange(tokens, device=device)
+                self._places[tokens, device] = [
+                    (weights, (torch.tensor(sequences, device=device)[:, None] * tokens + within).reshape(-1))
+                    for weights, sequences in self.groups.items()
+                ]
             if self.single is not None:
                 self._places[tokens, device] = [(self.single, None)]
         return self._places[tokens, device]
@@ -291,8 +293,8 @@ class _Part:
         held = {"weight": module.weight, "bias": module.bias}
         for target in self.targets:
             is_bias = target.attribute == "bias"
-            total = target.dense if is_bias or linear else target.dense.T
-            total = total.float()
+            held_now = target.parameter  # the dense part, with its gradient
+            total = (held_now if is_bias or linear else held_now.T).float()
             for task, weight in self._active(weights):
                 found = self._vector(target, task) if is_bias else self._product(target, task)
                 total = torch.add(total, found, alpha=weight)

@@ -2,7 +2,8 @@
 
 Two modes. `materialize` merges dense part and experts once for each mix and keeps the last few; a batch that
 shares one mix then runs at the speed of the plain model. `delta` runs the dense part on the whole batch and
-adds each expert's sparse product to the rows that use it, so one batch may mix tasks.
+adds each expert's sparse product to the rows that use it, so one batch may mix tasks; where rows of a mix
+are many, it multiplies by a copy of the matrix with the experts added.
 
 A module's `forward` is replaced on the instance and the parameters stay where they are, so the model remains
 what transformers made of it. Modules that are no plain linear maps (norms, a mixture's experts) run once for

@@ -274,8 +274,8 @@ class _Part:
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _change(self, x: Tensor, weights: Weights) -> Tensor:
-        """What the experts add to the output of x (rows, in): fp32 (rows, out) or (1, out)."""
-        change = torch.zeros(1, 1, device=x.device)
+        """What the experts add to the output of x (rows, in): fp32 (rows, out)."""
+        change = torch.zeros(len(x), 1, device=x.device)
         for task, weight in self._active(weights):
             for target in self.targets:
                 if target.attribute == "bias":
@@ -294,8 +294,8 @@ class _Part:
         held = {"weight": module.weight, "bias": module.bias}
         for target in self.targets:
             is_bias = target.attribute == "bias"
-            held_now = target.parameter  # the dense part, with its gradient
-            total = (held_now if is_bias or linear else held_now.T).float()
+            dense = target.parameter  # itself, for its gradient
+            total = (dense if is_bias or linear else dense.T).float()
             for task, weight in self._active(weights):
                 found = self._vector(target, task) if is_bias else self._product(target, task)
                 total = torch.add(total, found, alpha=weight)

@@ -43,7 +43,7 @@ peers: .venv-peers/.ready
 .venv-peers/.ready: constraints.txt
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	@.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 mergekit==0.1.5 \
-		pytorch_optimizer==4.1.0 weightwatcher==0.7.7 2>.venv-peers/setup.log \
+		pytorch_optimizer==4.1.0 weightwatcher==0.7.7 fusion-bench==0.2.33 2>.venv-peers/setup.log \
 		|| { cat .venv-peers/setup.log >&2; exit 1; }
 	@touch $@
 

@@ -24,23 +24,20 @@ from __future__ import annotations
 
 import math
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
-from script import parser_of, publish
+from script import Units, parser_of, publish, units
 
 from weightsmith.compression import TailorPlan, TailorSearch, angular_block, greedy, laco, shortgpt
 from weightsmith.compression.tailoring.scoring import example_order
 from weightsmith.compression.tailoring.tasks import calibration_tasks
 from weightsmith.evaluation import evaluate, load_model
-from weightsmith.runs.atomic import read_json, write_json
 from weightsmith.runs.environment import environment
-from weightsmith.testbed import DOMAINS
+from weightsmith.testbed import DOMAINS, fingerprint
 from weightsmith.training.bed import bed
 
 FINETUNES = ("D_source", "D_docs", "S_strings")
@@ -81,8 +78,8 @@ QUICK = Amount("xs", 6, (2, 6), 1000, 8, (("base_steps", 2), ("finetune_steps", 
 class Bench:
     """The models of one seed, and what scores them."""
 
-    def __init__(self, seed: int, amount: Amount, work: Path) -> None:
-        self.seed, self.amount, self.work = seed, amount, work
+    def __init__(self, seed: int, amount: Amount, unit: Units) -> None:
+        self.seed, self.amount, self.unit = seed, amount, unit
         made = bed(amount.size, seed, "mild", FINETUNES, mixture="all", **dict(amount.steps))
         self.folders = {"base": made.base, **made.finetunes}
         self.models = {name: load_model(folder)[0] for name, folder in self.folders.items()}
@@ -117,13 +114,13 @@ class Bench:
         return judged(self.raw(model, split), self.dense[split], model.config.vocab_size)
 
     def arm(self, name: str, make: Callable[[], tuple[Any, Mapping[str, Any]]]) -> dict[str, Any]:
-        """The scores of an arm, from its file where it was measured."""
-        file = self.work / f"{name.replace(' ', '-').replace(',', '')}.json"
-        if not file.exists():
+        """The scores of an arm."""
+
+        def scored() -> dict[str, Any]:
             model, facts = make()
-            both = {split: self.scores(model, split) for split in ("calibration", "test")}
-            write_json(file, {**both, **facts})
-        return read_json(file)
+            return {**{split: self.scores(model, split) for split in ("calibration", "test")}, **facts}
+
+        return self.unit(f"{self.seed} {name}", scored)
 
     def search(self, name: str, base: str = "base", **options: Any) -> dict[str, Any]:
         """The arm of a search; `candidates=True` gives it the fine-tunes."""
@@ -140,7 +137,7 @@ class Bench:
                 min_budget=low,
                 max_budget=high,
                 seed=self.seed,
-                work=self.work / name.replace(" ", "-").replace(",", ""),
+                work=self.unit.place(f"{self.seed} {name}"),
                 **options,
             )
             plan = found.run()
@@ -148,7 +145,7 @@ class Bench:
             return plan.build(), {
                 "plan": plan.configuration.to_json(),
                 "trials": len(found.trials),
-                "seconds": seconds,
+                "trial_seconds": seconds,
                 "cost": statistics.fmean(plan.costs.values()),
             }
 
@@ -180,9 +177,9 @@ def judged(raw: Scores, dense: Scores, vocabulary: int) -> Scores:
     return found | {part: statistics.fmean(found[task] for task in tasks) for part, tasks in parts.items()}
 
 
-def measure(seed: int, amount: Amount, work: Path) -> dict[str, Any]:
+def measure(seed: int, amount: Amount, unit: Units) -> dict[str, Any]:
     """All arms of one seed."""
-    bench = Bench(seed, amount, work)
+    bench = Bench(seed, amount, unit)
     arms: dict[str, Any] = {}
     for name, model in bench.models.items():
         arms[f"dense {name}"] = bench.arm(f"dense {name}", lambda model=model: (model, {}))
@@ -280,20 +277,16 @@ def table(results: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what isn't there yet, judge, write."""
-    parser = parser_of(__doc__, "tiny models and six trials")
-    parser.add_argument(
-        "--work", type=Path, help="folder of what is done; a stopped measurement goes on there"
-    )
+    parser = parser_of(__doc__, "tiny models and six trials", resumes=True)
     parser.add_argument("--trials", type=int, help="of each search")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     amount = QUICK if chosen.quick else Amount()
     if chosen.trials:
-        amount = Amount(trials=chosen.trials)
+        amount = replace(amount, trials=chosen.trials)
     seeds = chosen.seeds[:1] if chosen.quick else chosen.seeds
-    with tempfile.TemporaryDirectory() as temporary:
-        work = chosen.work or Path(temporary)
-        runs = [measure(seed, amount, work / f"seed-{seed}") for seed in seeds]
+    with units("gptailor", chosen, [asdict(amount), fingerprint()]) as unit:
+        runs = [measure(seed, amount, unit) for seed in seeds]
     results = {
         "seeds": list(seeds),
         "size": amount.size,

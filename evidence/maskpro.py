@@ -21,13 +21,8 @@ plain loss at the same rate. One of the two alone is the weaker claim.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import hashlib
-import json
 import statistics
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -37,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from plots import page
-from script import parser_of, publish
+from script import Units, parser_of, publish, units
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -52,7 +47,6 @@ from weightsmith.compression import (
 )
 from weightsmith.compression.nm.targets import find_targets
 from weightsmith.reports.drawing import Scale, dot, line, number, text, ticks
-from weightsmith.runs.atomic import read_json, write_json
 from weightsmith.runs.environment import environment
 from weightsmith.testbed import DOMAINS
 from weightsmith.testbed import text as domain_text
@@ -262,18 +256,9 @@ def language_problem(seed: int, amount: Amount, one_layer: bool, cache: Path | N
 
 
 def measure(
-    seeds: Mapping[str, Sequence[int]], amount: Amount, work: Path, cache: Path | None
+    seeds: Mapping[str, Sequence[int]], amount: Amount, unit: Units, cache: Path | None
 ) -> list[dict[str, Any]]:
-    """Every arm of every problem and seed; one that is in `work` already is read."""
-
-    def unit(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        file = work / f"{name.replace(' ', '-').replace(',', '')}.json"
-        if not file.exists():
-            begun = time.perf_counter()
-            write_json(file, {**make(), "seconds": round(time.perf_counter() - begun, 1)})
-            print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
-        return read_json(file)
-
+    """Every arm of every problem and seed; those done before are read."""
     runs = []
     for kind in ("digits", "projection", "model"):
         for seed in seeds[kind]:
@@ -413,38 +398,18 @@ def draw(results: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = parser_of(__doc__, "one seed, a few steps", seeds=(0, 1, 2, 3, 4))
+    parser = parser_of(__doc__, "one seed, a few steps", seeds=(0, 1, 2, 3, 4), resumes=True)
     parser.add_argument(
         "--bed-seeds", type=int, nargs="+", default=[3, 7, 8], help="of the projection and the model"
     )
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=Path("runs") / "evidence-maskpro-work",
-        help="what a stopped run goes on from",
-    )
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if chosen.quick:
-        with tempfile.TemporaryDirectory() as folder:
-            seeds = {"digits": [0], "projection": [0], "model": [0]}
-            report(seeds, QUICK, Path(folder), chosen, Path(folder) / "bed")
-        return
-    amount = Amount()
-    key = hashlib.blake2b(json.dumps(asdict(amount)).encode(), digest_size=4).hexdigest()
+    amount = QUICK if chosen.quick else Amount()
     seeds = {"digits": chosen.seeds, "projection": chosen.bed_seeds, "model": chosen.bed_seeds[:1]}
-    report(seeds, amount, chosen.work / key, chosen, None)
-
-
-def report(
-    seeds: Mapping[str, Sequence[int]],
-    amount: Amount,
-    work: Path,
-    chosen: argparse.Namespace,
-    cache: Path | None,
-) -> None:
-    work.mkdir(parents=True, exist_ok=True)
-    runs = measure(seeds, amount, work, cache)
+    if chosen.quick:
+        seeds = {kind: [0] for kind in seeds}
+    with units("maskpro", chosen, asdict(amount)) as unit:
+        runs = measure(seeds, amount, unit, unit.folder / "bed" if chosen.quick else None)
     summary = summarise(runs)
     results = {
         "seeds": list(seeds["digits"]),

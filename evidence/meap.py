@@ -26,14 +26,9 @@ masked tokens decays more than in NTP's model for each seed.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
 import math
 import random
 import statistics
-import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,11 +38,10 @@ import numpy as np
 import torch
 from plots import page
 from safetensors.torch import load_file, save_file
-from script import parser_of, publish
+from script import Units, parser_of, publish, units
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weightsmith.reports.drawing import Scale, dot, line, number, text, ticks
-from weightsmith.runs.atomic import read_json, write_json
 from weightsmith.runs.environment import environment
 from weightsmith.runs.seeds import derive
 from weightsmith.testbed import VOCABULARY
@@ -354,17 +348,8 @@ def emergence(arm: str, seed: int, size: Size) -> dict[str, Any]:
     return {"accuracy": accuracy, "reached": reached}
 
 
-def measure(seeds: Sequence[int], size: Size, work: Path) -> list[dict[str, Any]]:
-    """Every unit of every seed; a unit that is in `work` already is read."""
-
-    def unit(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        file = work / f"{name.replace(' ', '-')}.json"
-        if not file.exists():
-            begun = time.perf_counter()
-            write_json(file, {**make(), "seconds": round(time.perf_counter() - begun, 1)})
-            print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
-        return read_json(file)
-
+def measure(seeds: Sequence[int], size: Size, unit: Units) -> list[dict[str, Any]]:
+    """Every unit of every seed; those done before are read."""
     runs = []
     for seed in seeds:
         run: dict[str, Any] = {
@@ -376,7 +361,7 @@ def measure(seeds: Sequence[int], size: Size, work: Path) -> list[dict[str, Any]
             "emergence": {},
         }
         for arm in ARMS:
-            weights = work / f"{seed}-{arm.replace(' ', '-')}.safetensors"
+            weights = unit.place(f"{seed} {arm}.safetensors")
 
             def text_unit(arm: str = arm, weights: Path = weights, seed: int = seed) -> dict[str, Any]:
                 model, found = pretrain(arm, seed, size)
@@ -561,28 +546,13 @@ def draw(results: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = parser_of(__doc__, "one seed, a few steps")
+    parser = parser_of(__doc__, "one seed, a few steps", resumes=True)
     parser.add_argument("--steps", type=int, default=Size.steps)
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=Path("runs") / "evidence-meap-work",
-        help="what a stopped run goes on from",
-    )
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if chosen.quick:
-        with tempfile.TemporaryDirectory() as folder:
-            report([0], QUICK, Path(folder), chosen)
-        return
-    size = replace(Size(), steps=chosen.steps)
-    key = hashlib.blake2b(json.dumps(asdict(size)).encode(), digest_size=4).hexdigest()
-    report(chosen.seeds, size, chosen.work / key, chosen)
-
-
-def report(seeds: Sequence[int], size: Size, work: Path, chosen: argparse.Namespace) -> None:
-    work.mkdir(parents=True, exist_ok=True)
-    runs = measure(seeds, size, work)
+    seeds, size = ([0], QUICK) if chosen.quick else (chosen.seeds, replace(Size(), steps=chosen.steps))
+    with units("meap", chosen, asdict(size)) as unit:
+        runs = measure(seeds, size, unit)
     summary = summarise(runs)
     results = {
         "seeds": list(seeds),

@@ -33,13 +33,13 @@ import math
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from script import parser_of, publish
+import torch
+from script import parser_of, publish, units
 
 from weightsmith.evaluation import evaluate, load_model, prompts
 from weightsmith.evaluation.likelihood import answers, start_token
@@ -55,7 +55,7 @@ from weightsmith.merging.mediator import (
 from weightsmith.merging.mediator.plan import MediatorPlan, by_conflict, split_blocks
 from weightsmith.reports.comparison import draw_figures
 from weightsmith.runs.environment import environment
-from weightsmith.testbed import SKILL_GROUPS, VOCABULARY
+from weightsmith.testbed import SKILL_GROUPS, VOCABULARY, fingerprint
 from weightsmith.testbed.domains import passages
 from weightsmith.testbed.skills import Item, items
 from weightsmith.training.bed import bed
@@ -543,21 +543,21 @@ def figures(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run, judge, write."""
-    parser = parser_of(__doc__, "one seed, a few steps")
+    parser = parser_of(__doc__, "one seed, a few steps", seeds=(6, 7, 8), resumes=True)
     parser.add_argument("--size", default="s")
     chosen = parser.parse_args(arguments)
-    begun = time.perf_counter()
-    seeds, size = ([0], "xs") if chosen.quick else (chosen.seeds, chosen.size)
-    if chosen.quick:
-        with tempfile.TemporaryDirectory() as cache:
-            runs = [measure(0, "xs", QUICK, cache=cache, base_steps=4, finetune_steps=4)]
-    else:
-        runs = [measure(seed, size, Amount()) for seed in seeds]
+    torch.set_num_threads(1)
+    seeds, size, amount = (
+        (chosen.seeds[:1], "xs", QUICK) if chosen.quick else (chosen.seeds, chosen.size, Amount())
+    )
+    with units("mediator", chosen, [size, amount, fingerprint()]) as done:
+        few = {"cache": done.folder / "bed", "base_steps": 4, "finetune_steps": 4} if chosen.quick else {}
+        runs = [done(f"seed {seed}", lambda seed=seed: measure(seed, size, amount, **few)) for seed in seeds]
     judgement = judge(runs)
     results = {
         "size": size,
         "seeds": seeds,
-        "seconds": time.perf_counter() - begun,
+        "seconds": sum(run["seconds"] for run in runs),
         "environment": environment(),
         "router": dataclasses.asdict(RouterConfig()),
         "runs": runs,

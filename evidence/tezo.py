@@ -18,11 +18,8 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
-import hashlib
-import json
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,16 +27,14 @@ from typing import Any
 
 import torch
 from plots import page
-from script import parser_of, publish
+from script import Units, parser_of, publish, units
 from torch import Tensor, nn
 
 from weightsmith import testbed
 from weightsmith.reports.drawing import box, text
-from weightsmith.runs.atomic import read_json, write_json
 from weightsmith.runs.environment import environment
 from weightsmith.testbed.domains import SPLITS
 from weightsmith.training import LOZO, MeZO, MeZOAdam, TeZO, TeZOAdam, TeZOMomentum, memory_report
-from weightsmith.training.bed import cache_folder
 
 WIDTH, LAYERS, HEADS, LENGTH, BATCH = 128, 2, 4, 64, 16
 STEPS, BASE_STEPS = 2000, 1500
@@ -128,9 +123,9 @@ def measured(model: nn.Module, texts: Texts, split: str, batches: int) -> float:
     )
 
 
-def base_model(texts: Texts, steps: int, work: Path) -> Decoder:
+def base_model(texts: Texts, steps: int, folder: Path) -> Decoder:
     """The model that AdamW trained on documentation."""
-    model, file = Decoder(len(texts.alphabet)), work / "base.pt"
+    model, file = Decoder(len(texts.alphabet)), folder / "base.pt"
     if file.exists():
         model.load_state_dict(torch.load(file, weights_only=True))
         return model
@@ -168,24 +163,6 @@ def run(
         "calibration": measured(model, texts, "calibration", batches),
         "test": measured(model, texts, "test", batches),
     }
-
-
-class Runs:
-    """Fine-tunes by method, rate and seed; those that are done are read."""
-
-    def __init__(self, base: Decoder, texts: Texts, steps: int, batches: int, work: Path) -> None:
-        self.base, self.texts, self.steps, self.batches, self.work = base, texts, steps, batches, work
-
-    def __call__(self, method: str, lr: float, seed: int) -> dict[str, Any]:
-        """The result of one."""
-        name = f"{method.replace(' ', '_').replace(',', '')}-{lr:g}-{seed}"
-        file = self.work / f"{name}.json"
-        if not file.exists():
-            begun = time.perf_counter()
-            found = run(method, lr, seed, self.base, self.texts, self.steps, self.batches)
-            write_json(file, found)
-            print(f"{name}: {found['test']:.4f} ({time.perf_counter() - begun:.0f} s)", flush=True)
-        return read_json(file)
 
 
 def step_costs(base: Decoder, texts: Texts, rounds: int) -> dict[str, float]:
@@ -333,17 +310,20 @@ def draw(results: Mapping[str, Any]) -> str:
 
 def measure(
     chosen: argparse.Namespace,
-    work: Path,
+    unit: Units,
     seeds: Sequence[int],
     rates: Sequence[float],
     sizes: tuple[int, int, int],
 ) -> None:
     """All runs, and their table."""
     steps, base_steps, batches = sizes
-    work.mkdir(parents=True, exist_ok=True)
     texts = Texts()
-    base = base_model(texts, base_steps, work)
-    runs = Runs(base, texts, steps, batches, work)
+    base = base_model(texts, base_steps, unit.folder)
+
+    def runs(method: str, lr: float, seed: int) -> dict[str, Any]:
+        """The fine-tune by a method."""
+        return unit(f"{method} {lr:g} {seed}", lambda: run(method, lr, seed, base, texts, steps, batches))
+
     best = {}
     for method in METHODS:
         tried = [runs(method, lr, seeds[0]) for lr in rates]
@@ -370,9 +350,8 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = parser_of(__doc__, "one seed, two steps", seeds=(0, 1, 2, 3, 4))
+    parser = parser_of(__doc__, "one seed, two steps", seeds=(0, 1, 2, 3, 4), resumes=True)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--work", type=Path, help="folder of runs that are done (default: the user's cache)")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     quick = chosen.quick
@@ -386,10 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if getattr(node, "name", "") in ("Decoder", "Block", "Texts", "measured", "base_model", "run")
         or ("RHO" in ast.unparse(node) and not isinstance(node, ast.FunctionDef))
     ]
-    key = hashlib.blake2b(json.dumps([sizes, own]).encode(), digest_size=6).hexdigest()
-    with tempfile.TemporaryDirectory() as scratch:
-        kept = Path(scratch) if quick else cache_folder().parent / "evidence" / "tezo"
-        measure(chosen, (chosen.work or kept) / key, seeds, rates, (steps, base_steps, batches))
+    with units("tezo", chosen, [sizes, own]) as unit:
+        measure(chosen, unit, seeds, rates, (steps, base_steps, batches))
 
 
 if __name__ == "__main__":

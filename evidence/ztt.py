@@ -21,8 +21,6 @@ ZTT below V4) and the signal beats random exit, the claim is weaker.
 
     python evidence/ztt.py            writes evidence/results/ztt.json and ztt.md
     python evidence/ztt.py --quick    a few steps, to see that everything runs; writes to --out only
-
-A run that was stopped goes on: finished arms are in `ztt_runs.jsonl` of the work folder (--work).
 """
 
 from __future__ import annotations
@@ -32,15 +30,13 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from script import parser_of, publish
+from script import Units, parser_of, publish, units
 from torch.nn import functional as F
 
-from weightsmith.runs.atomic import append_line, read_lines
 from weightsmith.runs.environment import environment
 from weightsmith.runs.seeds import derive
 from weightsmith.testbed import VOCABULARY, text
@@ -214,7 +210,7 @@ def run_text(arm: str, seed: int, steps: int, number: int) -> dict[str, Any]:
     result = {
         "parameters": weights,
         "flops_per_token": 2 * (weights - model.model.embed_tokens.weight.numel() + again),
-        "seconds": seconds,
+        "training_seconds": seconds,
         "calibration": measure(model, held_out)["loss"],
         "test": measure(model, test)["loss"],
     }
@@ -238,27 +234,21 @@ def run_hops(arm: str, seed: int, steps: int, number: int) -> dict[str, Any]:
     with torch.no_grad():
         right = (model(rows).logits[:, -2].argmax(-1) == rows[:, -1]).float()
     count = rows[:, -3] - SYMBOLS
-    return {"seconds": seconds, "accuracy": {hop: right[count == hop].mean().item() for hop in HOPS}}
+    return {"training_seconds": seconds, "accuracy": {hop: right[count == hop].mean().item() for hop in HOPS}}
 
 
 def measure_all(
-    seeds: Sequence[int], steps: int, hop_steps: int, number: int, work: Path
+    seeds: Sequence[int], steps: int, hop_steps: int, number: int, unit: Units
 ) -> list[dict[str, Any]]:
-    """Every arm of every seed and task; those that the work folder has are not run again."""
-    file = work / "ztt_runs.jsonl"
+    """Every arm of every seed and task."""
     runs = []
     for seed in seeds:
         for task, arms, length in (("text", ARMS, steps), ("hops", HOP_ARMS, hop_steps)):
+            make = run_text if task == "text" else run_hops
             for arm in arms:
-                key = {"task": task, "arm": arm, "seed": seed, "steps": length, "number": number}
-                done = next((run for run in read_lines(file) if key.items() <= run.items()), None)
-                if done is None:
-                    found = (run_text if task == "text" else run_hops)(arm, seed, length, number)
-                    done = {**key, **found}
-                    append_line(file, done)
-                runs.append(done)
-                said = f"test {done['test']:.4f}" if task == "text" else f"{done['accuracy']}"
-                print(f"seed {seed} {task} {arm:20s} {said} ({done['seconds']:.0f} s)", flush=True)
+                made = functools.partial(make, arm, seed, length, number)
+                found = unit(f"{seed} {task} {arm}", made)
+                runs.append({"task": task, "arm": arm, "seed": seed, **found})
     return runs
 
 
@@ -329,7 +319,7 @@ def table(results: Mapping[str, Any]) -> str:
         lines.append(
             f"| {arm} | {column(runs, arm, 'parameters')[0]:,} | "
             f"{column(runs, arm, 'flops_per_token')[0] / unit:.2f} | "
-            f"{statistics.fmean(column(runs, arm, 'seconds')):.0f} | {spread(losses, 4)} | {shown} |"
+            f"{statistics.fmean(column(runs, arm, 'training_seconds')):.0f} | {spread(losses, 4)} | {shown} |"
         )
     lines += ["", f"Judged: {summary['judged']}. Paired differences of test loss, by seed:", ""]
     for other, values in (*summary["paired"].items(), ("HTC 4/2 less V4", summary["htc_against_v4"])):
@@ -374,20 +364,16 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = parser_of(__doc__, "one seed, a few steps")
+    parser = parser_of(__doc__, "one seed, a few steps", resumes=True)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--hop-steps", type=int, default=HOP_STEPS)
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs") / "evidence", help="where finished arms lie"
-    )
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     seeds, steps, hop_steps, number = chosen.seeds, chosen.steps, chosen.hop_steps, WINDOWS
-    work = chosen.work
     if chosen.quick:
         seeds, steps, hop_steps, number = [0], 2, 2, 12
-        work = chosen.out or work / "quick"
-    runs = measure_all(seeds, steps, hop_steps, number, work)
+    with units("ztt", chosen, [steps, hop_steps, number]) as unit:
+        runs = measure_all(seeds, steps, hop_steps, number, unit)
     summary = summarise(runs, seeds)
     results = {
         "seeds": seeds,

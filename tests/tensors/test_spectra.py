@@ -6,6 +6,7 @@ import torch
 from weightsmith.errors import InputError
 from weightsmith.tensors.spectra import (
     _wide_svd,
+    gram,
     one_thread,
     singular_values,
     stable_rank,
@@ -202,3 +203,18 @@ def test_a_matrix_that_is_not_finite_is_refused(bad, rank):
 def test_a_rank_out_of_range_is_refused(rank):
     with pytest.raises(ValueError, match=r"1\.\.min"):
         truncated_svd(torch.ones(4, 9), rank)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (300, 40), (1030, 65), (2, 3, 517, 1100), (4, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gram_multiplies_half_and_gives_the_whole_product(shape, dtype):
+    wide = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    exact = wide.double() @ wide.double().mT
+    for one in (wide, wide.mT.contiguous().mT):
+        found = gram(one, dtype)
+        assert found.dtype == dtype
+        assert found.shape == exact.shape
+        # Sums over at most 1,100 products of numbers around 1.
+        torch.testing.assert_close(
+            found.double(), exact, rtol=0, atol=1e-11 if dtype == torch.float64 else 2e-3
+        )

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from weightsmith.errors import InputError
-from weightsmith.tensors.spectra import singular_values
+from weightsmith.tensors.spectra import gram, singular_values
 
 SINGLE_FLOOR = 1e-5
 """Median eigenvalue, as a share of the largest, below which an fp32 Gram matrix is not trusted."""
@@ -158,7 +158,7 @@ def _eigenvalues(wide: Tensor) -> Tensor:
         raise InputError("a matrix holds NaN or infinity, so it has no spectrum")
     scale = torch.where(largest > 0, largest, 1.0)
     single = wide.to(torch.float32, copy=True).div_(scale[:, None, None])
-    values = torch.linalg.eigvalsh(single @ single.mT).double()
+    values = torch.linalg.eigvalsh(gram(single, torch.float32)).double()
     weak = torch.nonzero(values[:, values.shape[1] // 2] < SINGLE_FLOOR * values[:, -1])[:, 0]
     if len(weak):
         values[weak] = singular_values(single[weak]).square().flip(-1)

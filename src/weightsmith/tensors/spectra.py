@@ -45,6 +45,8 @@ WHITEN_TOLERANCE = 1e-10
 SHORT = 1e-2
 """Squared length, relative to the largest, below which an fp32 `eigh` does not resolve a combination."""
 BLOCK_COLUMNS = 1024
+GRAM_ROWS = 128
+"""Rows of a product with itself that are not worth dividing."""
 
 Route = Literal["auto", "gram", "sketch"]
 
@@ -109,19 +111,19 @@ def whitening(columns: Tensor, tolerance: float = WHITEN_TOLERANCE) -> tuple[Ten
         A (M, K) and B (K, K), whose product is the polar factor. Apart, because what they are multiplied with
         is often the smaller side.
     """
-    squares, turn = torch.linalg.eigh(columns.mT @ columns)
+    squares, turn = torch.linalg.eigh(gram(columns.mT, columns.dtype))
     number = int((squares < SHORT * squares[-1]).sum())  # ascending: the first ones
     if columns.dtype != torch.float32 or number == 0:
         kept = squares > tolerance * squares[-1]
         scale = torch.where(kept, squares, 1.0).rsqrt() * kept
-        return columns, (turn * scale) @ turn.mT
+        return columns, gram(turn * scale.sqrt(), columns.dtype)
     # Short combinations are differences of nearly equal columns, and fp32 `eigh` leaves a trace of long ones
     # in them. They are measured from the columns themselves, rid of that trace.
     combined = columns @ turn
     short, long = combined[:, :number], combined[:, number:]
     long *= squares[number:].rsqrt()
     short -= long @ (long.mT @ short)
-    lengths, again = torch.linalg.eigh(_gram(short.mT, torch.float64))
+    lengths, again = torch.linalg.eigh(gram(short.mT, torch.float64))
     kept = lengths > tolerance * squares[-1].double()
     scale = torch.where(kept, lengths, 1.0).rsqrt() * kept
     short.copy_(short @ ((again * scale) @ again.mT).float())
@@ -141,8 +143,8 @@ def singular_values(matrices: Tensor) -> Tensor:
         InputError: a matrix holds NaN or infinity.
     """
     wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
-    gram = _finite(_gram(wide, torch.float64))
-    return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(-1)
+    products = _finite(gram(wide, torch.float64))
+    return torch.linalg.eigvalsh(products).clamp_min(0).sqrt().flip(-1)
 
 
 def stable_rank(values: Tensor) -> Tensor:
@@ -201,10 +203,10 @@ def _wide_svd(wide: Tensor, rank: int, route: Route, seed: int) -> Triplets:
 
 
 def _gram_svd(wide: Tensor, rank: int) -> Triplets:
-    gram = _finite(_gram(wide, wide.dtype))
-    if wide.dtype == torch.float32 and bool(_surely_weak(gram, rank).all()):
+    products = _finite(gram(wide, wide.dtype))
+    if wide.dtype == torch.float32 and bool(_surely_weak(products, rank).all()):
         return _double_svd(wide, rank)
-    _, vectors = torch.linalg.eigh(gram)
+    _, vectors = torch.linalg.eigh(products)
     vectors = vectors.flip(-1)
     if wide.dtype != torch.float32:
         return _rayleigh_ritz(wide, vectors[..., :rank], rank)
@@ -232,11 +234,11 @@ def _second_look(wide: Tensor, vectors: Tensor, rank: int) -> Triplets:
 
 
 def _double_svd(wide: Tensor, rank: int) -> Triplets:
-    _, vectors = torch.linalg.eigh(_gram(wide, torch.float64))
+    _, vectors = torch.linalg.eigh(gram(wide, torch.float64))
     return _rayleigh_ritz(wide, vectors[..., -rank:].to(wide.dtype), rank)
 
 
-def _surely_weak(gram: Tensor, rank: int) -> Tensor:
+def _surely_weak(products: Tensor, rank: int) -> Tensor:
     """Which matrices of a batch fp32 can't serve, where a cheap bound proves it before `eigh` is paid for.
 
     With Ritz values l_1 .. l_p of a small subspace, eigenvalue `rank` is at most (trace - sum l)/(rank - p).
@@ -244,12 +246,12 @@ def _surely_weak(gram: Tensor, rank: int) -> Tensor:
     """
     probes = min(32, rank // 2)
     if not probes:
-        return gram.new_zeros(len(gram), dtype=torch.bool)
-    start = torch.randn(gram.shape[-1], probes, generator=torch.Generator().manual_seed(0)).to(gram)
-    basis, _ = torch.linalg.qr(gram @ start)
-    basis, _ = torch.linalg.qr(gram @ basis)
-    leading = torch.linalg.eigvalsh(basis.mT @ gram @ basis)
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return products.new_zeros(len(products), dtype=torch.bool)
+    start = torch.randn(products.shape[-1], probes, generator=torch.Generator().manual_seed(0)).to(products)
+    basis, _ = torch.linalg.qr(products @ start)
+    basis, _ = torch.linalg.qr(products @ basis)
+    leading = torch.linalg.eigvalsh(basis.mT @ products @ basis)
+    trace = products.diagonal(dim1=-2, dim2=-1).sum(-1)
     rest = trace - leading.sum(-1)
     return (rest > 1e-5 * trace) & (rest < (rank - probes) * SINGLE_FLOOR**2 * leading[..., -1])
 
@@ -284,7 +286,7 @@ def _sketch(wide: Tensor, rank: int, seed: int, *, hopeful_only: bool) -> Tensor
 def _rayleigh_ritz(wide: Tensor, basis: Tensor, rank: int) -> Triplets:
     """The best triplets inside the span of `basis` (B, Q, K), K >= rank."""
     image = wide.mT @ basis  # (B, N, K)
-    squares, turn = torch.linalg.eigh(_gram(image.mT, torch.float64))
+    squares, turn = torch.linalg.eigh(gram(image.mT, torch.float64))
     s = squares[..., -rank:].clamp_min(0).sqrt().flip(-1)
     turn = turn[..., -rank:].flip(-1)
     kept = s > DROP * s[..., :1]
@@ -295,15 +297,36 @@ def _rayleigh_ritz(wide: Tensor, basis: Tensor, rank: int) -> Triplets:
     return Triplets(u, s.to(wide.dtype), v)
 
 
-def _gram(wide: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product wide @ wide^T (..., Q, Q) in `dtype`, cast in blocks: no second copy of `wide` exists."""
-    if wide.dtype == dtype:
+def gram(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product wide @ wide^T (..., Q, Q) in `dtype`, cast in blocks: no second copy of `wide` exists.
+
+    It is symmetric, so that a CPU multiplies little more than half of it.
+    """
+    if wide.dtype == dtype and wide.device.type != "cpu":
         return wide @ wide.mT
     total = torch.zeros(*wide.shape[:-1], wide.shape[-2], dtype=dtype, device=wide.device)
-    for start in range(0, wide.shape[-1], BLOCK_COLUMNS):
-        block = wide[..., start : start + BLOCK_COLUMNS].to(dtype)
-        total += block @ block.mT
+    step = max(1, wide.shape[-1]) if wide.dtype == dtype else BLOCK_COLUMNS
+    for start in range(0, wide.shape[-1], step):
+        block = wide[..., start : start + step].to(dtype)
+        if wide.device.type == "cpu":
+            each = (side.reshape(-1, *side.shape[-2:]) for side in (total, block))
+            for one, rows in zip(*each, strict=True):
+                _add_gram(one, rows)
+        else:
+            total += block @ block.mT
     return total
+
+
+def _add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add rows @ rows^T to (Q, Q) `total`, the half above the diagonal by reflection."""
+    half = len(rows) // 2
+    if half < GRAM_ROWS:
+        total.addmm_(rows, rows.mT)
+        return
+    _add_gram(total[:half, :half], rows[:half])
+    _add_gram(total[half:, half:], rows[half:])
+    total[half:, :half].addmm_(rows[half:], rows[:half].mT)
+    total[:half, half:] = total[half:, :half].mT
 
 
 def _finite(product: Tensor) -> Tensor:

@@ -10,8 +10,8 @@
                 keeps one tensor a token and stacks them at each update
     exit        decoding of one row with every token leaving after the first of three cycles, against all
                 cycles: the gain, as a share of what the skipped layers would give if they cost nothing. They
-                cost their keys and values, which later tokens read: a sixth of a layer's weights where every
-                query head has a key head (by weights, 68 % of the ideal is left), a twentieth with one for four
+                cost their keys and values, which later tokens read: a sixth of a layer's weights where
+                every query head has a key head (68 % of the ideal is left), a twentieth with one for four
 
 Contestants take turns on the same inputs, after their results were compared; medians of ratios. One thread.
 """

@@ -1,7 +1,7 @@
 """GPTailor: does a search over the layers of several fine-tunes give a better small model than a rule, and
 than a search over which layers go?
 
-    python evidence/gptailor.py [--seeds 0 1 2] [--work FOLDER] [--trials 300]
+    python evidence/gptailor.py [--seeds 6 7 8] [--work FOLDER] [--trials 300]
     python evidence/gptailor.py --quick     a few steps, to see that everything runs; writes to --out only
 
 Base and three fine-tunes of the test-bed (size s, mild flavour: D_source, D_docs, S_strings), 2 of 8 layers
@@ -277,7 +277,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what isn't there yet, judge, write."""
-    parser = parser_of(__doc__, "tiny models and six trials", resumes=True)
+    parser = parser_of(__doc__, "tiny models and six trials", seeds=(6, 7, 8), resumes=True)
     parser.add_argument("--trials", type=int, help="of each search")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)

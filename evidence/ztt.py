@@ -3,8 +3,8 @@ who may leave early?
 
 Characters of Python's standard library (testbed domain `source`), width 96, context 96, batches of 16, 1,300
 steps of AdamW at 2.5e-3, cosine. All arms of a seed see the same batches. And a task in which depth matters
-by construction: a permutation of eight symbols is listed, and a symbol is to be followed through it k = 2..6
-times.
+by construction: a permutation of eight symbols is listed, and symbols are to be followed through it k = 1..6
+times, sixteen of them in a row, each by itself.
 
     V4, V6             plain models of 4 and 6 layers: V4 has the weights of the cycled ones, V6 their compute
     BC 3x2             three layers, all twice;  HTC 4/2: four layers, the two in the middle twice
@@ -45,7 +45,7 @@ from weightsmith.training.zero_token import modeling
 
 STEPS, HOP_STEPS, BATCH, CONTEXT, WIDTH, RATE, WARMUP = 1300, 2000, 16, 96, 96, 2.5e-3, 50
 WINDOWS, ALLOWED, SAVED, NEAR = 160, 0.01, 0.2, 0.015
-SYMBOLS, HOPS = 8, range(2, 7)
+SYMBOLS, HOPS, QUERIES = 8, range(1, 7), 16
 PLAIN = {"num_cycles": 1, "zero_token": False}
 ARMS: dict[str, dict[str, Any]] = {
     "V4": {"layers": 4, **PLAIN},
@@ -98,17 +98,20 @@ def windows(ids: torch.Tensor, number: int) -> list[dict[str, torch.Tensor]]:
 
 
 def hops(number: int, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows `x π(x) ... k start answer`, and labels that count the answer alone."""
+    """Rows `x π(x) ...` and then `k start answer` again and again, and labels that count the answers alone."""
     order = torch.rand(number, SYMBOLS, generator=random).argsort(1)
     listed = torch.rand(number, SYMBOLS, generator=random).argsort(1)
     pairs = torch.stack([listed, order.gather(1, listed)], 2).flatten(1)
-    count = torch.randint(HOPS.start, HOPS.stop, (number, 1), generator=random)
-    start = torch.randint(0, SYMBOLS, (number, 1), generator=random)
+    count = torch.randint(HOPS.start, HOPS.stop, (number, QUERIES), generator=random)
+    start = torch.randint(0, SYMBOLS, (number, QUERIES), generator=random)
     answer = start
     for hop in range(HOPS.stop - 1):
         answer = torch.where(hop < count, order.gather(1, answer), answer)
-    rows = torch.cat([pairs, SYMBOLS + count, start, answer], 1)
-    return rows, torch.cat([torch.full_like(rows[:, :-1], -100), answer], 1)
+    asked = torch.stack([SYMBOLS + count, start, answer], 2)
+    labels = torch.full_like(asked, -100)
+    labels[:, :, 2] = answer
+    rows = torch.cat([pairs, asked.flatten(1)], 1)
+    return rows, torch.cat([torch.full_like(pairs, -100), labels.flatten(1)], 1)
 
 
 def train(model: ZTTForCausalLM, steps: int, batch: Any) -> float:
@@ -231,9 +234,10 @@ def run_hops(arm: str, seed: int, steps: int, number: int) -> dict[str, Any]:
 
     seconds = train(model, steps, batch)
     rows, _ = hops(10 * number, torch.Generator().manual_seed(derive(seed, "hops of the test") % 2**31))
+    first = 2 * SYMBOLS
     with torch.no_grad():
-        right = (model(rows).logits[:, -2].argmax(-1) == rows[:, -1]).float()
-    count = rows[:, -3] - SYMBOLS
+        right = (model(rows).logits[:, first + 1 :: 3].argmax(-1) == rows[:, first + 2 :: 3]).float()
+    count = rows[:, first::3] - SYMBOLS
     return {"training_seconds": seconds, "accuracy": {hop: right[count == hop].mean().item() for hop in HOPS}}
 
 

@@ -40,11 +40,13 @@ def test_a_symbol_is_followed_as_often_as_the_row_says(script):
     rows, labels = script["hops"](50, torch.Generator().manual_seed(0))
     for row, label in zip(rows.tolist(), labels.tolist(), strict=True):
         goes_to = dict(zip(row[0:16:2], row[1:16:2], strict=True))
-        at = row[17]
-        for _ in range(row[16] - 8):
-            at = goes_to[at]
-        assert (label[-1], row[-1]) == (at, at)
-        assert set(label[:-1]) == {-100}
+        for place in range(16, len(row), 3):
+            at = row[place + 1]
+            for _ in range(row[place] - 8):
+                at = goes_to[at]
+            assert row[place + 2] == at
+            assert label[place : place + 3] == [-100, -100, at]
+        assert set(label[:16]) == {-100}
 
 
 def test_the_cards_verdict_is_the_evidences():

@@ -8,8 +8,8 @@ A base and three fine-tunes of a Llama of width 1,024 in bfloat16 (see `merge_in
 merges state dicts in memory, so its process reads the checkpoints, calls its function in fp32 and writes the
 result; our process is `weightsmith merge` with a page of the same numbers. Its TIES counts its density over
 the whole model and sums; so does our page. Embeddings and the output head are averaged by the methods that
-decompose matrices, as both are asked to. Outputs must be equal, but for the last bfloat16 place in at most 1 of
-1,000 entries.
+decompose matrices, as both are asked to. Outputs must be equal, but for the last bfloat16 place in at most 1
+of 1,000 entries.
 
 `spectral.py` times fusion_bench's TSV-M against ours on tensors alone.
 """
@@ -185,8 +185,7 @@ def main() -> None:
     if not list((ROOT / ".venv-peers").glob("lib/python*/site-packages/fusion_bench")):
         sys.exit("fusion_bench is missing: `make peers` installs it")
     results = [
-        compete(options.folder, options.size, method, options.rounds)
-        for method in options.methods.split(",")
+        compete(options.folder, options.size, method, options.rounds) for method in options.methods.split(",")
     ]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")

@@ -98,7 +98,7 @@ def windows(ids: torch.Tensor, number: int) -> list[dict[str, torch.Tensor]]:
 
 
 def hops(number: int, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows `x π(x) ...` and then `k start answer` again and again, and labels that count the answers alone."""
+    """Rows `x π(x) ...`, then `k start answer` again and again, and labels that count the answers alone."""
     order = torch.rand(number, SYMBOLS, generator=random).argsort(1)
     listed = torch.rand(number, SYMBOLS, generator=random).argsort(1)
     pairs = torch.stack([listed, order.gather(1, listed)], 2).flatten(1)

@@ -37,6 +37,22 @@ def test_probabilities_follow_the_ranks_of_the_magnitudes(values):
     np.testing.assert_allclose(found.reshape(values.shape), probabilities(values, 0.4, 0.2), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("row", "digits"), [(2, 24), (3, 23), (1024, 15), (2816, 13), (65_536, 9), (65_537, 24)]
+)
+def test_magnitudes_of_long_rows_are_ranked_by_their_first_binary_digits(row, digits):
+    values = np.random.default_rng(row).standard_normal((2, row)).astype(np.float32)
+    found = ranked_probabilities(
+        values.reshape(-1), row, 0.5, 0.15, np.empty(values.size, np.float32), Scratch()
+    )
+    bits = np.abs(values).view(np.uint32) >> np.uint32(24 - digits)
+    for magnitudes, probabilities in zip(bits, found.reshape(2, row), strict=True):
+        order = np.lexsort((-np.arange(row), magnitudes))  # the lower index ranks higher
+        assert np.all(np.diff(probabilities[order]) >= 0)
+        assert probabilities.mean(dtype=np.float64) == pytest.approx(0.5, abs=1e-6)
+        assert (probabilities.min(), probabilities.max()) == pytest.approx((0.35, 0.65))
+
+
 def test_a_row_of_one_entry_has_the_density_itself():
     found = ranked_probabilities(np.float32([3, -1]), 1, 0.4, 0.2, np.empty(2, np.float32), Scratch())
     np.testing.assert_allclose(found, [0.4, 0.4])

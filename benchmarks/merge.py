@@ -87,13 +87,13 @@ JOBS = {
     "breadcrumbs": Job(parameters={"weight": 1.0, "density": 0.5, "gamma": 0.01}, agreement="selection"),
     "breadcrumbs_ties": Job(parameters={"weight": 1.0, "density": 0.5, "gamma": 0.01}, agreement="selection"),
     "task_arithmetic": Job(parameters={"weight": 0.4}),
-    "model_stock": Job(),
+    "model_stock": Job(agreement="angles"),
     "sce": Job(parameters={"select_topk": 0.5}, agreement="selection"),
     "ram": Job(parameters={"epsilon": 1e-4}, agreement="selection"),
     "ramplus_tl": Job(parameters={"epsilon": 1e-4}, agreement="selection"),
     "slerp": Job(models=("base", "m1"), parameters={"t": 0.4}),
-    "nuslerp": Job(models=("m1", "m2"), parameters={"weight": 1.0}, base=False),
-    "multislerp": Job(parameters={"weight": 1.0}, base=False),
+    "nuslerp": Job(models=("m1", "m2"), parameters={"weight": 1.0}, base=False, agreement="angles"),
+    "multislerp": Job(parameters={"weight": 1.0}, base=False, agreement="angles"),
     "karcher": Job(base=False),
     "nearswap": Job(models=("m1",), parameters={"t": 5e-4}),
     "arcee_fusion": Job(models=("m1",), agreement="shapes"),
@@ -102,6 +102,8 @@ JOBS = {
 AGREEMENT = {
     "places": "equal, but for the last bfloat16 place (or what float32 rounds) in at most 1 of 1,000 "
     "entries: sums are rounded in another order",
+    "angles": "as `places`; in tensors of more than 16 M entries within the last place, but for 1 of 1,000: "
+    "mergekit sums their lengths in float32, which falls 0.2 % short for 33 M, and turns by another angle",
     "selection": "equal to the last bfloat16 place, outside entries at the threshold that one keeps and the "
     "other doesn't (mergekit's unstable sort keeps any of equal magnitude): at most 1 of 20",
     "shapes": "shapes alone: of rows as near as these mergekit's divergence is what float32 rounds, so each "

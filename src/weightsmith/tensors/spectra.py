@@ -143,7 +143,8 @@ def singular_values(matrices: Tensor) -> Tensor:
         InputError: a matrix holds NaN or infinity.
     """
     wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
-    products = _finite(gram(wide, torch.float64))
+    products = gram(wide, torch.float64)
+    _check_finite(products.diagonal(dim1=-2, dim2=-1))
     return torch.linalg.eigvalsh(products).clamp_min(0).sqrt().flip(-1)
 
 
@@ -203,14 +204,14 @@ def _wide_svd(wide: Tensor, rank: int, route: Route, seed: int) -> Triplets:
 
 
 def _gram_svd(wide: Tensor, rank: int) -> Triplets:
-    products = _finite(gram(wide, wide.dtype))
+    products = gram(wide, wide.dtype)
+    _check_finite(products.diagonal(dim1=-2, dim2=-1))
     if wide.dtype == torch.float32 and bool(_surely_weak(products, rank).all()):
         return _double_svd(wide, rank)
-    _, vectors = torch.linalg.eigh(products)
-    vectors = vectors.flip(-1)
+    _, vectors = torch.linalg.eigh(products)  # the smallest first
     if wide.dtype != torch.float32:
-        return _rayleigh_ritz(wide, vectors[..., :rank], rank)
-    basis = vectors[..., :rank]
+        return _rayleigh_ritz(wide, vectors[..., -rank:], rank)
+    basis = vectors[..., -rank:].flip(-1)
     image = wide.mT @ basis
     s = image.norm(dim=-2)
     found = Triplets(basis, s, image / torch.where(s > 0, s, 1.0)[:, None, :])
@@ -223,13 +224,13 @@ def _gram_svd(wide: Tensor, rank: int) -> Triplets:
 
 
 def _second_look(wide: Tensor, vectors: Tensor, rank: int) -> Triplets:
-    """Triplets from `vectors` (B, Q, Q) of an fp32 Gram matrix, largest first, whose small ones are inexact.
+    """Triplets from `vectors` (B, Q, Q) of an fp32 Gram matrix, largest last, whose small ones are inexact.
 
     A power step damps what they hold of far directions, Rayleigh-Ritz sorts out near ones; a few more than
     are wanted because mixing harms at the boundary.
     """
     reach = rank + rank // 4
-    basis, _ = torch.linalg.qr(wide @ (wide.mT @ vectors[..., :reach]))
+    basis, _ = torch.linalg.qr(wide @ (wide.mT @ vectors[..., -reach:]))
     return _rayleigh_ritz(wide, basis, rank)
 
 
@@ -272,7 +273,9 @@ def _sketch(wide: Tensor, rank: int, seed: int, *, hopeful_only: bool) -> Tensor
     width = min(rank + SKETCH_EXTRA, wide.shape[-2])
     # Drawn on the CPU, so that devices agree.
     draws = torch.randn(wide.shape[-1], width, generator=torch.Generator().manual_seed(seed)).to(wide)
-    basis, _ = torch.linalg.qr(_finite(wide @ draws))
+    image = wide @ draws
+    _check_finite(image)
+    basis, _ = torch.linalg.qr(image)
     image = wide.mT @ basis
     if hopeful_only:
         caught = image.square().sum((-2, -1)) / wide.square().sum((-2, -1))
@@ -329,8 +332,8 @@ def _add_gram(total: Tensor, rows: Tensor) -> None:
     total[:half, half:] = total[half:, :half].mT
 
 
-def _finite(product: Tensor) -> Tensor:
-    # A product carries NaN and infinity of its factors along and is smaller than they are.
+def _check_finite(product: Tensor) -> None:
+    # A product carries NaN and infinity of its factors along and is smaller than they are; of a Gram matrix
+    # the diagonal does, which bounds the rest.
     if not bool(torch.isfinite(product).all()):
         raise InputError("a matrix holds NaN or infinity, so it has no singular values")
-    return product

@@ -72,3 +72,21 @@ def test_wrong_words_are_one_line(models, words, said):
     with pytest.raises(InputError, match=said):
         raise made.exception
     assert not (models / "out").exists()
+
+
+def test_tasks_of_lm_evaluation_harness_are_taken_by_name(models):
+    pytest.importorskip("lm_eval")
+    from tests.evaluation.harness_pages import write_pages
+
+    pages = write_pages(models / "pages")
+    task = ["--task", f"lm_eval:{pages}/colours@acc", "--keep-layers", "2", "--trials", "6"]
+    budgets = ["--option", "min_budget=3", "--option", "max_budget=9"]
+    made = run(models / "base", models / "out", "--candidate", models / "one", *task, *budgets, "--json")
+    assert made.exit_code == 0, made.exception
+    assert list(json.loads(made.stdout)["costs"]) == ["colours"]
+    words = ["evaluate", str(models / "out"), "--task", f"lm_eval:{pages}/pictures", "--json"]
+    scored = CliRunner().invoke(app, words)
+    assert scored.exit_code == 0, scored.exception
+    (scores,) = json.loads(scored.stdout)["models"].values()
+    assert scores["pictures"]["metric"] == "acc_norm"
+    assert scores["pictures"]["n"] == 21

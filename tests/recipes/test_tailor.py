@@ -71,3 +71,21 @@ def test_the_output_is_a_plain_checkpoint_with_fewer_layers(page, tmp_path):
 def test_a_wrong_page_is_told_by_line_and_key(page, old, new, said):
     with pytest.raises(PageError, match=said):
         load_page(page((old, new)))
+
+
+def test_tasks_of_lm_evaluation_harness_are_read_again_when_their_data_change(page, tmp_path):
+    pytest.importorskip("lm_eval")
+    from tests.evaluation.harness_pages import write_pages
+
+    pages = write_pages(tmp_path / "pages")
+    text = f'tasks: ["lm_eval:{pages}/colours@acc", {{task: "lm_eval:{pages}/shapes", num_fewshot: 1}}]'
+    made = page(("tasks: [FOLDER/a.txt]", text))
+    done = [run_recipe(made, root=tmp_path / "runs", executor=Inline()) for _ in range(2)]
+    assert {stage.status for stage in done[1].stages} == {"reused"}
+    scores = json.loads((tmp_path / "runs" / "tiny" / "stages" / "scores" / "scores.json").read_text())
+    assert scores["tasks"] == ["colours", "shapes"]
+    assert scores["models"]["smaller"]["colours"]["n"] == 15
+    data = pages / "shapes.jsonl"
+    data.write_text(data.read_text().replace("a square", "a cube"))
+    again = run_recipe(made, root=tmp_path / "runs", executor=Inline())
+    assert {stage.stage: stage.status for stage in again.stages}["scores"] == "finished"

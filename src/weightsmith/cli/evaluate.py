@@ -19,7 +19,8 @@ def register(app: typer.Typer) -> None:
             list[str],
             typer.Option(
                 help="A task of the test-bed, `all` of them, `niah` or `mdqa` (facts in a long context), a "
-                "text file (bits per byte), or `module:function`; may be repeated."
+                "text file (bits per byte), `lm_eval:TASK` of lm-evaluation-harness, or `module:function`; "
+                "may be repeated."
             ),
         ],
         split: Annotated[

@@ -16,6 +16,7 @@ LOAD_SECONDS = 0.3
 # Tokens are read twice where windows overlap by half; tokens of a test-bed question, and of a context in
 # which a fact is looked for; characters of a token.
 _OVERLAP, _QUESTION_TOKENS, _CONTEXT_TOKENS, _TOKEN_CHARACTERS = 2.0, 24, 128, 4
+_HARNESS_TOKENS = 512  # of a question with its choices, about
 # Small products, attention and the softmax reach this part of the speed of large products.
 _EFFICIENCY = 0.35
 
@@ -32,6 +33,8 @@ def predict_scoring(model: Path, tasks: Tasks, characters: int, items: int) -> P
     for task in check_tasks(tasks):
         if task.is_retrieval:
             tokens += items * _CONTEXT_TOKENS
+        elif task.is_harness:
+            tokens += (task.limit or items) * _HARNESS_TOKENS
         elif not task.is_bed:
             size = Path(task.task).stat().st_size if Path(task.task).is_file() else 0
             tokens += _OVERLAP * size / per_token

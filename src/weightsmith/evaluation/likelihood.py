@@ -30,6 +30,10 @@ LOGITS_BYTES = 64 * 1024**2  # of one batch, fp32: small enough for the cache, e
 MAX_BATCH = 16
 
 
+class NonFiniteError(ArithmeticError):
+    """Logits held NaN or infinity."""
+
+
 class Answer(NamedTuple):
     """How a model sees one answer.
 
@@ -97,7 +101,7 @@ def text_nats(
     ]
     # Windows of one size side by side: nothing is padded, and only the logits that count are computed.
     plan.sort(key=lambda window: (min(length, len(texts[window.text])), window.scored))
-    size = batch_size or _batch_size(model, length)
+    size = batch_size or default_batch_size(model, length)
     for batch in _runs(plan, size, key=lambda window: min(length, len(texts[window.text]))):
         width = min(length, len(texts[batch[0].text]))
         keep = max(window.scored for window in batch)
@@ -129,7 +133,7 @@ def answers(
 
     order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]) + len(pairs[index][1]))
     longest = max((len(prompt) + len(answer) for prompt, answer in pairs), default=1)
-    size = batch_size or _batch_size(model, longest)
+    size = batch_size or default_batch_size(model, longest)
     for begin in range(0, len(order), size):
         batch = order[begin : begin + size]
         width = max(len(pairs[index][0]) + len(pairs[index][1]) for index in batch)
@@ -169,7 +173,8 @@ def _takes_logits_to_keep(model: Any) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-def _batch_size(model: Any, length: int) -> int:
+def default_batch_size(model: Any, length: int) -> int:
+    """Rows of `length` tokens whose logits stay small."""
     vocabulary = model.config.get_text_config().vocab_size
     return max(1, min(MAX_BATCH, LOGITS_BYTES // (4 * length * vocabulary)))
 

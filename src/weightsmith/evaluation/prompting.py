@@ -54,8 +54,9 @@ def token_ids(tokenizer: Any, text: str) -> Sequence[int]:
 def _of_task(
     config: TaskConfig, tokenizer: Any, count: int, split: Split, length: int
 ) -> list[Sequence[int]]:
-    if config.is_function or config.is_retrieval:
+    if config.is_function or config.is_retrieval or config.is_harness:
         kind = "function" if config.is_function else "task of retrieval"
+        kind = "task of lm-evaluation-harness" if config.is_harness else kind
         raise InputError(f"prompts: `{config.task}` is a {kind}; expected a task of the test-bed or a file")
     if config.is_bed:
         if bed.TASKS[config.task] != "domain":

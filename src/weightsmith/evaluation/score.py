@@ -13,9 +13,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "bits_per_byte": (0.0, math.inf),
     "exact_match": (0.0, 1.0),
     "accuracy": (0.0, 1.0),
+    "acc": (0.0, 1.0),
+    "acc_norm": (0.0, 1.0),
     "balanced_recall": (-1.0, 1.0),
 }
-"""What each metric of ours can be; a user's own metric may be any finite number."""
+"""What each metric of ours, and the usual ones of the harness, can be; another may be any finite number."""
 
 
 @dataclass(frozen=True, slots=True)

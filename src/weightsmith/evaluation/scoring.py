@@ -6,6 +6,7 @@ function says.
     exact_match         skills and files of questions: share of answers that greedy decoding gives exactly
     accuracy            multiple choice: share of questions whose right choice is likeliest per character
     exact_match         `niah`, `mdqa`: share of facts in a long context that greedy decoding answers with
+    acc, acc_norm, ...  tasks of lm-evaluation-harness: its own metric, see `harness`
     balanced_recall     `honest`, `harmless`: recall of the refusing answer less its rate where it is wrong
 
 Exact match is computed with the right answer fed in: greedy decoding gives exactly that answer if and only if
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from weightsmith.errors import CheckpointError, InputError
-from weightsmith.evaluation import files, likelihood, retrieval
+from weightsmith.evaluation import files, harness, likelihood, retrieval
 from weightsmith.evaluation.models import default_threads, intra_op_threads, load_model, window_length
 from weightsmith.evaluation.score import Score
 from weightsmith.evaluation.tasks import TaskConfig, Tasks, check_tasks, load_function
@@ -56,8 +57,8 @@ def evaluate(
     Args:
         model: A folder or hub id, or a loaded model (then `tokenizer` is needed too).
         tasks: Names, files, functions or `TaskConfig`s; see `TaskConfig.task`.
-        split: Which held-out half of the test-bed: "calibration" for every choice, "test" for reported
-            numbers.
+        split: Which held-out half of the test-bed, or split of an `lm_eval:` task: "calibration" for every
+            choice, "test" for reported numbers.
         tokenizer: Of a loaded model.
         characters: Held-out characters of each domain that are read, about.
         items: Questions of each skill.
@@ -133,6 +134,8 @@ class _Scorer:
     def score(self, config: TaskConfig) -> Score:
         if config.is_function:
             return self._function(config.task)
+        if config.is_harness:
+            return self._harness(config)
         if not config.is_bed:
             by_kind: dict[str, Callable[[TaskConfig], Score]] = {
                 "bits": self._file_bits,
@@ -260,6 +263,15 @@ class _Scorer:
         if isinstance(given, bool) or not isinstance(given, int | float | np.number):
             raise InputError(f"task `{name}` returned {type(given).__name__}, expected a number or a Score")
         return Score("score", float(given), True, 1)
+
+    def _harness(self, config: TaskConfig) -> Score:
+        questions = harness.HarnessQuestions(
+            config.task, self.split, limit=config.limit, num_fewshot=config.num_fewshot
+        )
+        try:
+            return questions.score(self.model, self.tokenizer, self.batch_size)
+        except likelihood.NonFiniteError:
+            return Score(questions.metric, math.nan, questions.higher_is_better, len(questions))
 
     def _rows(self, config: TaskConfig, columns: tuple[str, ...]) -> Iterator[files.Row]:
         rows = files.read_rows(config.task, columns)

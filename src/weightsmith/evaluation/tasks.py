@@ -1,5 +1,5 @@
-"""What a model is scored on: a task of the test-bed, facts to find in a long context, a local file, or a
-user's function.
+"""What a model is scored on: a task of the test-bed, facts to find in a long context, a local file, a task of
+lm-evaluation-harness, or a user's function.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from weightsmith.errors import InputError, nearest
-from weightsmith.evaluation import files
+from weightsmith.evaluation import files, harness
 from weightsmith.testbed import tasks as bed
 
 Kind = Literal["auto", "bits", "exact", "choice", "niah", "mdqa"]
@@ -28,9 +28,9 @@ class TaskConfig:
 
     task: str
     """A task or task set of the test-bed, `niah` or `mdqa` (see `kind`), a local file (.txt, .md, .jsonl,
-    .ndjson, .parquet), or
-    `module:function`, called with the model and its tokenizer and returning a number (higher is better) or a
-    `Score`."""
+    .ndjson, .parquet), `lm_eval:TASK` of lm-evaluation-harness (`lm_eval:FOLDER/TASK` for pages of your own,
+    `@METRIC` behind it for another metric than the default), or `module:function`, called with the model and
+    its tokenizer and returning a number (higher is better) or a `Score`."""
     name: str | None = None
     """The name in tables; by default the file's or function's."""
     kind: Kind = "auto"
@@ -46,13 +46,17 @@ class TaskConfig:
     choices: str | None = None
     """The column of the list of choices, or of documents, the one with the answer first (mdqa)."""
     limit: int | None = None
-    """Rows of a file that are read; all by default."""
+    """Rows of a file that are read, or questions of each subtask of an `lm_eval:` task; all by default."""
+    num_fewshot: int | None = None
+    """Examples before each question of an `lm_eval:` task; by default what its page says."""
 
     @property
     def label(self) -> str:
         """The name in tables."""
         if self.name:
             return self.name
+        if self.is_harness:
+            return harness.Name.of(self.task).task
         return self.task.partition(":")[2] if self.is_function else Path(self.task).stem
 
     @property
@@ -71,9 +75,14 @@ class TaskConfig:
         return self.is_bed or self.is_retrieval
 
     @property
+    def is_harness(self) -> bool:
+        """Whether this is a task of lm-evaluation-harness."""
+        return self.task.startswith(harness.PREFIX)
+
+    @property
     def is_function(self) -> bool:
         """Whether this is a user's `module:function`."""
-        return not self.is_bed and _FUNCTION.fullmatch(self.task) is not None
+        return not self.is_bed and not self.is_harness and _FUNCTION.fullmatch(self.task) is not None
 
     @property
     def scored_as(self) -> Kind:
@@ -88,6 +97,18 @@ class TaskConfig:
         """Raise `InputError` for what can be known before a model is loaded: names, files, columns asked
         for.
         """
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"task `{self.label}`: limit must be at least 1, got {self.limit}")
+        if self.is_harness:
+            if self.kind != "auto" or self.prompt or self.choices:
+                raise InputError(
+                    f"task `{self.label}`: kind, prompt and choices are of files; a task of the harness has "
+                    "a page that says them"
+                )
+            harness.check(self.task, self.num_fewshot)
+            return
+        if self.num_fewshot is not None:
+            raise InputError(f"task `{self.label}`: num_fewshot is of tasks of lm-evaluation-harness")
         if self.is_bed:
             return
         if self.is_retrieval:
@@ -101,7 +122,8 @@ class TaskConfig:
             known = (*bed.NAMES, *RETRIEVAL)
             raise InputError(
                 f"no task `{self.task}`{nearest(self.task, known)}; expected one of the test-bed "
-                f"({', '.join(bed.NAMES)}), niah, mdqa, a file ({' '.join(files.KINDS)}) or module:function"
+                f"({', '.join(bed.NAMES)}), niah, mdqa, a file ({' '.join(files.KINDS)}), lm_eval:TASK or "
+                "module:function"
             )
         files.open_file(self.task).close()
         if self.scored_as in ("exact", "choice", "mdqa") and self.prompt is None:
@@ -113,8 +135,6 @@ class TaskConfig:
             raise InputError(
                 f"task `{self.label}`: kind {self.scored_as} needs `choices`, the column of the {wanted}"
             )
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"task `{self.label}`: limit must be at least 1, got {self.limit}")
 
 
 Tasks = str | TaskConfig | Sequence[str | TaskConfig]

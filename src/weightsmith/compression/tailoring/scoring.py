@@ -26,15 +26,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from weightsmith.errors import InputError
 from weightsmith.evaluation import likelihood
+from weightsmith.evaluation.likelihood import NonFiniteError
 from weightsmith.runs.seeds import derive
 
 _BATCH_TOKENS = 2048
 
 Kind = Literal["exact", "choice", "perplexity", "retained"]
-
-
-class NonFiniteError(ArithmeticError):
-    """Logits held NaN or infinity."""
 
 
 class Task(Protocol):
@@ -135,18 +132,8 @@ class TokenTask:
 
     def token_batches(self, indices: Sequence[int]) -> list[Any]:
         """Right answers after their prompts as batches of rows of one length: nothing is padded."""
-        import torch
-
-        rows: dict[int, list[list[int]]] = {}
-        for index in indices:
-            example = self.examples[index]
-            row = [*example.prompt, *example.answers[example.right]]
-            rows.setdefault(len(row), []).append(row)
-        return [
-            torch.tensor(group[begin : begin + likelihood.MAX_BATCH])
-            for _, group in sorted(rows.items())
-            for begin in range(0, len(group), likelihood.MAX_BATCH)
-        ]
+        chosen = [self.examples[index] for index in indices]
+        return equal_rows([[*one.prompt, *one.answers[one.right]] for one in chosen])
 
     def _likeliest(self, index: int, found: Sequence[likelihood.Answer]) -> int:
         lengths = self.examples[index].lengths
@@ -202,6 +189,20 @@ class FunctionTask:
     def score(self, model: Any, indices: Sequence[int]) -> list[float]:
         """As `Task.score`."""
         return [float(value) for value in self.function(model, list(indices))]
+
+
+def equal_rows(rows: Iterable[Sequence[int]]) -> list[Any]:
+    """Token ids as batches of rows of one length, the shortest first: nothing is padded."""
+    import torch
+
+    lengths: dict[int, list[Sequence[int]]] = {}
+    for row in rows:
+        lengths.setdefault(len(row), []).append(row)
+    return [
+        torch.tensor(group[begin : begin + likelihood.MAX_BATCH])
+        for _, group in sorted(lengths.items())
+        for begin in range(0, len(group), likelihood.MAX_BATCH)
+    ]
 
 
 def example_order(task: Task, seed: int) -> list[int]:

@@ -29,6 +29,7 @@ from weightsmith.compression.tailoring.baselines import block_influence
 from weightsmith.compression.tailoring.designs import starts
 from weightsmith.compression.tailoring.evaluator import Evaluator, Outcome, Spans
 from weightsmith.compression.tailoring.evolution import Evolution
+from weightsmith.compression.tailoring.harness import HarnessTask
 from weightsmith.compression.tailoring.objective import choose, pareto
 from weightsmith.compression.tailoring.options import TailorOptions
 from weightsmith.compression.tailoring.plan import Point, TailorPlan
@@ -157,7 +158,10 @@ class TailorSearch:
         header = {
             "method": "gptailor",
             "models": [[member.name, member.fingerprint] for member in known],
-            "tasks": [[task.name, task.size] for task in tasks],
+            "tasks": [
+                [task.name, task.size, *([task.digest] if isinstance(task, HarnessTask) else [])]
+                for task in tasks
+            ],
             **asdict(options),
         }
         for word in ("blend_cache_bytes", "prefix_cache_bytes"):  # cost time only

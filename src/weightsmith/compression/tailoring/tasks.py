@@ -1,4 +1,4 @@
-"""Calibration tasks made of what `evaluate` takes: the test-bed's, files, functions."""
+"""Calibration tasks made of what `evaluate` takes: the test-bed's, files, `lm_eval:` tasks, functions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
+from weightsmith.compression.tailoring.harness import HarnessTask
 from weightsmith.compression.tailoring.scoring import Example, FunctionTask, Kind, Task, TokenTask
 from weightsmith.errors import InputError
 from weightsmith.evaluation import TaskConfig, check_tasks, files, likelihood
@@ -44,8 +45,8 @@ def calibration_tasks(
     length: int | None = None,
     text: Literal["perplexity", "retained"] = "perplexity",
 ) -> list[Task]:
-    """Tasks to search on: those of the test-bed read its calibration half, files are read from their
-    beginning.
+    """Tasks to search on: those of the test-bed read its calibration half, those of lm-evaluation-harness a
+    split that it does not score, files are read from their beginning.
 
     Args:
         tasks: What `weightsmith.evaluation.evaluate` takes, or tasks of your own.
@@ -66,6 +67,9 @@ def calibration_tasks(
             found.append(entry)
             continue
         for one in check_tasks(entry):
+            if one.is_harness:
+                found.append(HarnessTask(one, _needed(tokenizer, one.label), examples))
+                continue
             words = _Words(tokenizer, one.label) if not one.is_function else None
             found.append(_task(one, words, tokenizer, examples, length or window_length(config), text))
     names = [task.name for task in found]
@@ -79,13 +83,17 @@ def calibration_tasks(
     return found
 
 
+def _needed(tokenizer: Any, task: str) -> Any:
+    if tokenizer is None:
+        raise InputError(f"task `{task}` needs the base's tokenizer: give `tokenizer`")
+    return tokenizer
+
+
 class _Words:
     """Texts as token ids."""
 
     def __init__(self, tokenizer: Any, task: str) -> None:
-        if tokenizer is None:
-            raise InputError(f"task `{task}` needs the base's tokenizer: give `tokenizer`")
-        self._tokenizer = tokenizer
+        self._tokenizer = _needed(tokenizer, task)
         self.start = likelihood.start_token(tokenizer)
         self.end = tokenizer.eos_token_id
         self.is_bed = tokenizer.get_vocab() == VOCABULARY

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.errors import InputError
-from weightsmith.evaluation import TaskConfig, evaluate
+from weightsmith.evaluation import TaskConfig, evaluate, harness
 from weightsmith.evaluation.score import RANGES
 from weightsmith.evaluation.tasks import load_function
 from weightsmith.runs.progress import Progress
@@ -57,6 +57,9 @@ def tasks_digest(tasks: Sequence[TaskConfig], split: Split) -> str:
         elif task.is_function:
             file = inspect.getsourcefile(inspect.unwrap(load_function(task.task)))
             content = _of_file(file) if file else ""
+        elif task.is_harness:
+            files = [(str(file), _of_file(str(file))) for file in harness.local_files(task.task)]
+            content = digest([harness.version(), files])
         else:
             content = _of_file(task.task)
         parts.append([asdict(task), content])

@@ -31,7 +31,8 @@ class Evaluate:
     models: tuple[str, ...]
     """Stages, folders or hub ids."""
     tasks: PageTasks = "all"
-    """Test-bed tasks and sets, files, `module:function`; `all` for what the models were trained on."""
+    """Test-bed tasks and sets, files, `lm_eval:TASK`, `module:function`; `all` for what the models were
+    trained on."""
     split: Literal["test", "calibration"] = "test"
     """Which held-out half of the test-bed."""
     characters: int = 20_000

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from weightsmith.errors import InputError
-from weightsmith.evaluation import TaskConfig, check_tasks, task_names
+from weightsmith.evaluation import TaskConfig, check_tasks, harness, task_names
 from weightsmith.recipes.fingerprint import digest, file_digest, foreign_source
 from weightsmith.recipes.stages.contract import Keys, Problem
 from weightsmith.runs.progress import Progress
@@ -70,6 +70,9 @@ def tasks_fingerprint(tasks: PageTasks) -> str:
             parts[task.label] = fingerprint()
         elif task.is_function:
             parts[task.label] = foreign_source(task.task.partition(":")[0])
+        elif task.is_harness:
+            files = {str(file): file_digest(file) for file in harness.local_files(task.task)}
+            parts[task.label] = digest({"lm_eval": harness.version(), **files})
         else:
             parts[task.label] = file_digest(task.task)
     return digest(parts)

@@ -58,3 +58,14 @@ def test_wrong_words_are_one_line(model, words, said):
     with pytest.raises(InputError, match=said):
         raise made.exception
     assert not (model / "out").exists()
+
+
+def test_packing_without_a_gpu_is_one_line_and_writes_nothing(model, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    made = run(model / "model", model / "out", "--method", "magnitude", "--export", "semi-structured")
+    assert isinstance(made.exception, InputError)
+    assert str(made.exception).startswith("semi-structured matrices need a CUDA device")
+    assert "\n" not in str(made.exception)
+    assert not (model / "out").exists()

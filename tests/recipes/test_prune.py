@@ -97,6 +97,11 @@ def test_a_page_that_says_nothing_of_data_takes_what_the_model_was_trained_on():
     [
         ("method: magnitude", "method: magnitud", "stages.plain.method: .*did you mean `magnitude`"),
         ('pattern: "1:4"', 'pattern: "4:4"', "stages.learned.pattern: .*must keep 1..3 of 4"),
+        (
+            'pattern: "1:4"',
+            'pattern: "1:4"\n      export: semi-structured',
+            "stages.learned.export: semi-structured matrices are 2:4, the pattern is 1:4",
+        ),
         ("init_scale: 3", "init_scal: 3", "stages.learned.method.maskpro.init_scal: no such key"),
         ("steps: 6, lr: 5", "steps: 0, lr: 5", "stages.learned.method.maskpro.steps: .*at least 1"),
         ("samples: 4", "samples: 0", "samples: expected at least 1, got 0"),

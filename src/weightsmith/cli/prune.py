@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -42,6 +42,13 @@ def register(app: typer.Typer) -> None:
             Path | None,
             typer.Option(help="Folder for MaskPro's state: the same command goes on where it was killed."),
         ] = None,
+        export: Annotated[
+            Literal["dense", "semi-structured"],
+            typer.Option(
+                help="dense: tensors with zeros, which load anywhere. semi-structured: also packed for "
+                "sparse tensor cores (2:4, needs a CUDA device)."
+            ),
+        ] = "dense",
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
         as_json: output.AsJson = False,
     ) -> None:
@@ -57,6 +64,7 @@ def register(app: typer.Typer) -> None:
             "method": {method: output.key_values(option)} if option else method,
             "samples": samples,
             "batch_size": batch_size,
+            "export": export,
         }
         stage, problems = Prune.parse(body if not data else {**body, "data": data})
         problems = [*problems, *(stage.problems() if stage else ())]
@@ -74,6 +82,7 @@ def register(app: typer.Typer) -> None:
                 work=work,
                 progress=progress(""),
                 overwrite=overwrite,
+                export=stage.export,
             )
         if as_json:
             output.print_json({"path": str(report.path), **report.to_json()})
@@ -83,5 +92,9 @@ def register(app: typer.Typer) -> None:
             f"{report.path}: {report.method} {report.pattern} of {report.pruned:,} weights ({share:.0f} % of "
             f"the model), in {output.duration(report.seconds)}"
         )
+        if report.packed_by is not None:
+            typer.echo(
+                f"  {len(report.layers)} matrices packed for sparse tensor cores by {report.packed_by}"
+            )
         for name, loss in report.losses.items():
             typer.echo(f"  loss on the calibration batches, {name}: {loss:.4f}")

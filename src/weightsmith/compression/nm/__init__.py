@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         SparseGPTOptions,
         WandaOptions,
     )
+    from weightsmith.compression.nm.packed import load_semi_structured
     from weightsmith.compression.nm.pattern import Pattern
     from weightsmith.compression.nm.ria import ria_scores
     from weightsmith.compression.nm.sampling import sample_nm
@@ -48,6 +49,7 @@ _HOMES = {
     "SparseGPTOptions": "options",
     "WandaOptions": "options",
     "freeze_mask_": "freeze",
+    "load_semi_structured": "packed",
     "magnitude_scores": "magnitude",
     "nm_logprob": "distribution",
     "nm_mask": "masks",
@@ -80,6 +82,7 @@ __all__ = [
     "SparseGPTOptions",
     "WandaOptions",
     "freeze_mask_",
+    "load_semi_structured",
     "magnitude_scores",
     "nm_logprob",
     "nm_mask",

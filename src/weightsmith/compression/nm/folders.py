@@ -24,12 +24,15 @@ from weightsmith.compression.nm.batches import causal_loss, to_device
 from weightsmith.compression.nm.maskpro import MaskProPruner, MaskProReport
 from weightsmith.compression.nm.oneshot import Masks, one_shot, prune_, unchanged
 from weightsmith.compression.nm.options import (
+    Export,
     MagnitudeOptions,
     MaskProConfig,
     NMOptions,
     SparseGPTOptions,
     WandaOptions,
 )
+from weightsmith.compression.nm.packed import check_targets
+from weightsmith.compression.nm.semi_structured import sparse_library
 from weightsmith.compression.nm.targets import find_targets
 from weightsmith.compression.nm.write import write_pruned
 from weightsmith.errors import CheckpointError
@@ -52,6 +55,7 @@ class PruneReport:
         losses: With MaskPro the mean loss on the calibration batches, by name: of the `dense` model, of
             one-shot masks, of the `first` mask and of the final one (`maskpro`).
         learning: What MaskPro did; None for one-shot methods.
+        packed_by: Library that the matrices were also packed for; None where they were not.
     """
 
     path: Path
@@ -63,6 +67,7 @@ class PruneReport:
     seconds: float
     losses: Mapping[str, float] = field(default_factory=dict)
     learning: MaskProReport | None = None
+    packed_by: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the record of a run; without the path."""
@@ -82,6 +87,7 @@ def prune_checkpoint(
     work: str | Path | None = None,
     progress: Progress = SILENT,
     overwrite: bool = False,
+    export: Export = "dense",
 ) -> PruneReport:
     """Prune the model of a folder into the folder `out`: dense tensors with zeros, masks beside them.
 
@@ -96,10 +102,13 @@ def prune_checkpoint(
         work: Folder for MaskPro's state; a run that was killed goes on from it to the same bits.
         progress: Told about blocks or steps.
         overwrite: Replace `out` when it exists and is a checkpoint.
+        export: "semi-structured" also packs the pruned matrices for sparse tensor cores, which needs a CUDA
+            device; see `load_semi_structured`.
 
     Raises:
         CheckpointError: the model can't be read, or `out` exists.
-        InputError: nothing to prune, or what can't be; no data where data are needed.
+        InputError: nothing to prune, or what can't be; no data where data are needed; matrices that can't be
+            packed, said before anything is computed.
         SystemFault: the disk is full or failed.
     """
     from weightsmith.evaluation.models import load_model
@@ -107,7 +116,11 @@ def prune_checkpoint(
     begun = time.perf_counter()
     if os.path.lexists(out) and not overwrite:
         raise CheckpointError(f"{out}: exists already; choose another output or pass --overwrite")
+    library = sparse_library() if export == "semi-structured" else None
     model, _ = load_model(source, device=device)
+    if library is not None:
+        with Checkpoint.open(source) as checkpoint:
+            check_targets(find_targets(model, options), checkpoint, options)
     learning: MaskProReport | None = None
     losses: dict[str, float] = {}
     if isinstance(options, MaskProConfig):
@@ -132,6 +145,7 @@ def prune_checkpoint(
             seed=getattr(options, "seed", None),
             weights={name: weights[name] for name in masks} if moved else None,
             overwrite=overwrite,
+            library=library,
         )
         layers = _layers(checkpoint, masks, learning)
         total = sum(info.numel for info in checkpoint.tensors.values())
@@ -145,6 +159,7 @@ def prune_checkpoint(
         seconds=time.perf_counter() - begun,
         losses=losses,
         learning=learning,
+        packed_by=library,
     )
 
 

@@ -14,6 +14,10 @@ from weightsmith.errors import InputError, nearest
 
 MASKS_FILE = "weightsmith/masks.safetensors"
 """Where a pruned checkpoint keeps its masks."""
+PACKED_FILE, PACKED_FACTS = "weightsmith/semi_structured.safetensors", "weightsmith/semi_structured.json"
+"""Where it keeps matrices that are packed for sparse tensor cores, and what they were packed by."""
+Export = Literal["dense", "semi-structured"]
+"""What is written: dense tensors with zeros, or these and the packed matrices beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from weightsmith.checkpoints.names import is_over_tokens, layer_index
 from weightsmith.compression.nm.options import (
     KINDS,
     MASKS_FILE,
+    Export,
     MaskProConfig,
     NMOptions,
     SparseGPTOptions,
@@ -61,6 +62,9 @@ class Prune:
     """Windows in a forward pass."""
     device: str = "auto"
     """Where the model runs: `auto` (CUDA where there is one) or a torch device."""
+    export: Export = "dense"
+    """`dense` tensors with zeros, which load anywhere; `semi-structured` writes 2:4 matrices beside them as
+    sparse tensor cores take them, and needs a CUDA device."""
 
     kind: ClassVar[str] = "prune"
     makes_model: ClassVar[bool] = True
@@ -99,6 +103,9 @@ class Prune:
             for key in ("samples", "batch_size")
             if getattr(self, key) < 1
         ]
+        if self.export == "semi-structured" and self.method.pattern != "2:4":
+            text = f"semi-structured matrices are 2:4, the pattern is {self.method.pattern}"
+            found.append(Problem(("export",), text))
         try:
             if self.data is not None:
                 sources(self.data)
@@ -142,6 +149,9 @@ class Prune:
             side_files={**files, MASKS_FILE: b" " * masks},
             lineage=Lineage("prune", inputs=()),
         )
+        # Half of the weights, and two bits for the place of each.
+        width = max(spec.nbytes // max(1, spec.numel) for spec in specs)
+        packed = 9 * width * sum(map(math.prod, shapes)) // 16 if self.export == "semi-structured" else 0
         parameters = sum(spec.numel for spec in specs)
         pruned = sum(map(math.prod, shapes))
         tokens = self.samples * window_length(config)
@@ -161,7 +171,7 @@ class Prune:
         seconds = 1.5 + (2.0 * parameters * tokens * passes + flops) / (_EFFICIENCY * matmul_flops())
         cost = Prediction(
             memory_bytes=TORCH_BYTES + 4 * parameters + round(4 * copies * pruned),
-            disk_bytes=folder_bytes(standin),
+            disk_bytes=folder_bytes(standin) + packed,
             seconds=seconds,
         )
         read = tuple(entry.source for entry in sources(self.data)) if self.data is not None else ()
@@ -185,6 +195,7 @@ class Prune:
             device=self.device,
             work=workspace.work,
             progress=progress,
+            export=self.export,
             # An attempt killed after its rename left a whole checkpoint; it is written again, the same.
             overwrite=True,
         )

@@ -86,6 +86,7 @@ def search(models: Sequence[Path], setting: str, trials: int, seed: int) -> Tail
         seed=seed,
         min_budget=low,
         max_budget=high,
+        early_stop=False,  # the loop scores every candidate to its end
     )
 
 

@@ -136,6 +136,7 @@ class Bench:
                 n_trials=self.amount.trials,
                 min_budget=low,
                 max_budget=high,
+                early_stop=False,  # SMAC has no such thing: every arm scores its trials to their ends
                 seed=self.seed,
                 work=self.unit.place(f"{self.seed} {name}"),
                 **options,

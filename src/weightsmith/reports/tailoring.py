@@ -76,11 +76,13 @@ def _tailoring(stage: Stage, plan: Mapping[str, Any], trials: Sequence[Mapping[s
     )
     kept = plan["configuration"]["layers"]
     blended = sum(len(layer["sources"]) > 1 for layer in kept)
-    failed = sum(trial["status"] != "ok" for trial in trials)
+    failed = sum(trial["status"] not in ("ok", "stopped") for trial in trials)
+    stopped = sum(trial["status"] == "stopped" for trial in trials)
     words = (
         f"{len(kept)} of {plan['configuration']['depth']} layers are kept, {blended} of them blended; chosen "
         f"among {len(front)} plans that no other beats on every task, after {len(trials)} trials"
-        + (f", of which {failed} failed." if failed else ".")
+        + (f", of which {failed} failed" if failed else "")
+        + (f"; {stopped} were given up early." if stopped else ".")
     )
     return Tailoring(
         stage=stage.name,

@@ -8,6 +8,7 @@ import torch
 
 from weightsmith.compression import TailorSearch
 from weightsmith.compression.tailoring import search as module
+from weightsmith.compression.tailoring.book import Book
 from weightsmith.compression.tailoring.pool import LayerPool
 from weightsmith.compression.tailoring.scoring import FunctionTask, NonFiniteError
 from weightsmith.compression.tailoring.space import Space
@@ -83,7 +84,7 @@ def test_a_search_killed_at_any_trial_goes_on_as_if_it_had_not_been(small, optim
     expected = whole.run()
     for at in (1, 13, 31):
         work = tmp_path / f"killed-{at}"
-        finish = module._Book.finish
+        finish = Book.finish
 
         done = []
 
@@ -94,7 +95,7 @@ def test_a_search_killed_at_any_trial_goes_on_as_if_it_had_not_been(small, optim
             done.append(number)
 
         with monkeypatch.context() as patched:
-            patched.setattr(module._Book, "finish", until)
+            patched.setattr(Book, "finish", until)
             with pytest.raises(Killed):
                 TailorSearch(base, candidates, work=work, **options).run()
         assert len(read_lines(work / "trials.jsonl")) == 1 + at

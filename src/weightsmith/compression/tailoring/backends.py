@@ -29,10 +29,18 @@ _STALE_ROUNDS = 20
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A configuration to measure, and the examples of each task to do it with."""
+    """A configuration to measure, and the examples of each task to do it with.
+
+    Attributes:
+        configuration: What to measure.
+        budget: Examples of each task, at most.
+        survivors: So many of what is asked beside it may go on; one that can't be among them need not be
+            scored to its end. None where that isn't known.
+    """
 
     configuration: Configuration
     budget: int
+    survivors: int | None = None
 
 
 class Backend(Protocol):
@@ -72,10 +80,15 @@ class History:
         return bounds([list(trial.costs.values()) for trial in self.trials.values()])
 
     def best(self, trials: Sequence[Trial], count: int, weights: Sequence[float], rho: float) -> list[Trial]:
-        """The `count` of least norm, ties to the earlier."""
+        """The `count` of least norm, ties to the earlier; those that were given up come last."""
         limits = self.limits()
         return sorted(
-            trials, key=lambda trial: (parego(list(trial.costs.values()), weights, limits, rho), trial.id)
+            trials,
+            key=lambda trial: (
+                trial.status == "stopped",
+                parego(list(trial.costs.values()), weights, limits, rho),
+                trial.id,
+            ),
         )[:count]
 
     def elite(self, cap: int = 16) -> list[Configuration]:
@@ -162,16 +175,14 @@ class Racing:
         last = len(rungs) - 1
         seeds: list[Trial] = []
         if self._starts:
-            seeds = yield [Request(configuration, rungs[0]) for configuration in self._starts]
+            seeds = yield self._rung(self._starts, rungs[0], self._count(last))
             self._history.add(seeds)
             self._sampler.start(seeds)
         stale = 0
         while stale < _STALE_ROUNDS:
             stale += 1
             for bracket in range(last, -1, -1):
-                count = math.ceil((last + 1) / (bracket + 1) * eta**bracket)
-                if last == 0:
-                    count = max(count, self._generation)
+                count = self._count(bracket)
                 if seeds:
                     group = [trial.configuration for trial in self._best(seeds, count)]
                     seeds = []
@@ -181,11 +192,24 @@ class Racing:
                 for budget in rungs[last - bracket :]:
                     if not group:
                         break
-                    trials = yield [Request(configuration, budget) for configuration in group]
+                    trials = yield self._rung(group, budget, max(1, len(group) // eta))
                     stale = 0 if self._history.add(trials) else stale
                     highest.update((trial.configuration.key, trial) for trial in trials)
                     group = [trial.configuration for trial in self._best(trials, max(1, len(trials) // eta))]
                 self._sampler.learn(list(highest.values()))
+
+    def _count(self, bracket: int) -> int:
+        """Configurations that a bracket begins with."""
+        last = len(self._rungs) - 1
+        count = math.ceil((last + 1) / (bracket + 1) * self._eta**bracket)
+        return max(count, self._generation) if last == 0 else count
+
+    def _rung(self, group: Sequence[Configuration], budget: int, survivors: int) -> list[Request]:
+        """What is asked at once. From the highest rung nothing goes on, but what one trial there beats on
+        every task can't be chosen.
+        """
+        survivors = 1 if budget == self._rungs[-1] else survivors
+        return [Request(configuration, budget, survivors) for configuration in group]
 
     def _best(self, trials: Sequence[Trial], count: int) -> list[Trial]:
         return self._history.best(trials, count, simplex(self._rng, self._num_tasks), self._rho)

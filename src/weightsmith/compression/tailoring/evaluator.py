@@ -12,12 +12,10 @@ from weightsmith.compression.tailoring.pool import LayerPool
 from weightsmith.compression.tailoring.prefix import PrefixCache
 from weightsmith.compression.tailoring.scoring import NonFiniteError, Task, checked
 from weightsmith.compression.tailoring.space import Configuration
+from weightsmith.compression.tailoring.stopping import Cut, Spans, rounds
 from weightsmith.compression.tailoring.trials import PLACES, Status
 from weightsmith.errors import InputError
 from weightsmith.evaluation.models import default_threads, intra_op_threads
-
-Spans = Mapping[str, tuple[int, int]]
-"""Of each task: the first example to score, in the task's order, and one past the last."""
 
 
 @dataclass(frozen=True)
@@ -57,25 +55,32 @@ class Evaluator:
         self.prefix = PrefixCache(prefix_bytes)
         self._threads = default_threads(sum(value.numel() for value in pool.base.parameters()))
 
-    def __call__(self, configuration: Configuration, spans: Spans) -> Outcome:
-        """Score the examples of `spans`.
+    def __call__(self, configuration: Configuration, spans: Spans, cut: Cut | None = None) -> Outcome:
+        """Score the examples of `spans`, in rounds where there is a `cut`, until it is hopeless by that.
 
         Raises:
             InputError: a score is no number in 0..1, which no configuration can help.
         """
         begun = time.perf_counter()
         values: dict[str, tuple[float, ...]] = {}
+        status: Status = "ok"
+        pieces = [spans] if cut is None else rounds(spans)
         try:
             model = self.pool.assemble(configuration)
             with (
                 intra_op_threads(self._threads),
                 self.prefix.reading(model, self.pool.path, configuration),
             ):
-                for task in self.tasks:
-                    indices = self._orders[task.name][slice(*spans[task.name])]
-                    if indices:
-                        scores = checked(task, task.score(model, indices), len(indices))
-                        values[task.name] = tuple(round(score, PLACES) for score in scores)
+                for piece in pieces:
+                    for task in self.tasks:
+                        indices = self._orders[task.name][slice(*piece[task.name])]
+                        if indices:
+                            scores = checked(task, task.score(model, indices), len(indices))
+                            new = tuple(round(score, PLACES) for score in scores)
+                            values[task.name] = (*values.get(task.name, ()), *new)
+                    if cut is not None and piece is not pieces[-1] and cut.is_hopeless(values):
+                        status = "stopped"
+                        break
         except NonFiniteError as problem:
             return Outcome("nonfinite", seconds=time.perf_counter() - begun, error=str(problem))
         except InputError:
@@ -87,7 +92,7 @@ class Evaluator:
                 kind=type(problem).__name__,
                 error=traceback.format_exc(),
             )
-        return Outcome("ok", values, time.perf_counter() - begun)
+        return Outcome(status, values, time.perf_counter() - begun)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "prefix": PrefixCache(self._prefix_bytes)}

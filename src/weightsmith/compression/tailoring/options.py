@@ -50,6 +50,9 @@ class TailorOptions:
     """Which plan of the Pareto set is reported: least mean or least maximum of the scaled costs."""
     rho: float = 0.05
     """Weight of the sum in ParEGO's norm."""
+    early_stop: bool = True
+    """Give a trial up while it is scored, once it can neither go on nor be chosen even if all the rest were
+    right."""
     generation: int = 8
     """Configurations of a bracket where there is one rung only; asked at once of `smac`."""
     max_failures: int = 5

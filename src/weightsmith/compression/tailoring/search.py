@@ -17,17 +17,17 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from weightsmith.compression.tailoring.backends import Backend, History, Racing, Request, Sampler
+from weightsmith.compression.tailoring.backends import Backend, History, Racing, Sampler
 from weightsmith.compression.tailoring.baselines import block_influence
+from weightsmith.compression.tailoring.book import Book, TailorError
 from weightsmith.compression.tailoring.designs import starts
-from weightsmith.compression.tailoring.evaluator import Evaluator, Outcome, Spans
+from weightsmith.compression.tailoring.evaluator import Evaluator
 from weightsmith.compression.tailoring.evolution import Evolution
 from weightsmith.compression.tailoring.harness import HarnessTask
 from weightsmith.compression.tailoring.objective import choose, pareto
@@ -42,7 +42,7 @@ from weightsmith.compression.tailoring.tasks import calibration_tasks
 from weightsmith.compression.tailoring.tpe import TPE
 from weightsmith.compression.tailoring.trials import Trial, TrialLog
 from weightsmith.compression.tailoring.workers import Workers, workers
-from weightsmith.errors import InputError, WeightsmithError
+from weightsmith.errors import InputError
 from weightsmith.evaluation import TaskConfig
 from weightsmith.runs.locks import FolderLock
 from weightsmith.runs.progress import SILENT, Progress
@@ -54,10 +54,6 @@ LOG_FILE, PLAN_FILE = "trials.jsonl", "plan.json"
 _INFLUENCE_EXAMPLES = 32
 _FRUITLESS_ASKS = 200
 """Asks in a row that bring nothing new, after which a backend is taken to have nothing left."""
-
-
-class TailorError(WeightsmithError):
-    """A search gave no plan: its trials failed. The message holds their tracebacks."""
 
 
 class TailorSearch:
@@ -170,7 +166,10 @@ class TailorSearch:
         backend = self._backend(space, tasks, rungs, orders, pool, trial_log.header["n_trials"])
         evaluator = Evaluator(pool, tasks, orders, options.prefix_cache_bytes)
         with workers(evaluator, self._num_workers, self._ray) as crew:
-            self._search(backend, crew, tasks, trial_log)
+            book = Book(
+                tasks, trial_log, rungs, max_failures=options.max_failures, early_stop=options.early_stop
+            )
+            self._search(backend, crew, book)
         plan = self._plan(known, header, pool)
         if self._work is not None:
             plan.save(self._work / PLAN_FILE)
@@ -239,9 +238,8 @@ class TailorSearch:
             generation=options.generation,
         )
 
-    def _search(self, backend: Backend, crew: Workers, tasks: Sequence[Task], trial_log: TrialLog) -> None:
+    def _search(self, backend: Backend, crew: Workers, book: Book) -> None:
         """Ask, measure, tell; until the trials are spent or there is nothing new to ask."""
-        book = _Book(tasks, trial_log, self.options.max_failures)
         self._progress.start("tailoring", self.options.n_trials, "trials")
         fruitless = 0
         while len(book.trials) < self.options.n_trials and fruitless < _FRUITLESS_ASKS:
@@ -250,8 +248,8 @@ class TailorSearch:
                 break
             before = len(book.trials)
             new = book.begin(asked, self.options.n_trials)
-            for number, outcome in crew.outcomes(book.jobs(new)):
-                book.finish(number, outcome)
+            for number, outcome in crew.outcomes(new, book.job):
+                book.take(number, outcome)
             self._progress.advance(len(book.trials) - before)
             answers = book.answers(asked)
             if answers is None:
@@ -285,89 +283,3 @@ class TailorSearch:
             base_parameters=pool.num_parameters(Configuration.of(pool.depth)),
             sources=self._sources,
         )
-
-
-class _Book:
-    """Trials of this run: their numbers, their scores so far, and what the log knows of them."""
-
-    def __init__(self, tasks: Sequence[Task], trial_log: TrialLog, max_failures: int) -> None:
-        self._tasks, self._log, self._max_failures = tasks, trial_log, max_failures
-        self.trials: dict[tuple[str, int], Trial] = {}
-        self._numbers: dict[tuple[str, int], int] = {}
-        self._requests: dict[int, Request] = {}
-        self._values: dict[tuple[str, str], tuple[float, ...]] = {}
-        self._failures: Counter[str] = Counter()
-
-    def begin(self, asked: Sequence[Request], most: int) -> list[int]:
-        """Number what is new, up to `most` trials in all; what the log knows is taken from there.
-
-        Returns:
-            Numbers of what is to be computed, those that begin alike side by side: their first layers are
-            run once.
-        """
-        new = []
-        for request in asked:
-            key = (request.configuration.key, request.budget)
-            if key in self._numbers or len(self._numbers) >= most:
-                continue
-            number = self._numbers[key] = len(self._numbers)
-            self._requests[number] = request
-            found = self._log.found.get(key)
-            if found is not None and found.status != "failed":  # a failure's cause may be gone
-                self._remember(found)
-            else:
-                new.append(number)
-        return sorted(new, key=lambda number: self._requests[number].configuration.key)
-
-    def jobs(self, numbers: Sequence[int]) -> dict[int, tuple[Configuration, Spans]]:
-        """What to compute: of each task the examples that no lower budget has scored."""
-        jobs: dict[int, tuple[Configuration, Spans]] = {}
-        for number in numbers:
-            request = self._requests[number]
-            spans = {}
-            for task in self._tasks:
-                known = len(self._values.get((request.configuration.key, task.name), ()))
-                stop = min(request.budget, task.size)
-                spans[task.name] = (min(known, stop), stop)
-            jobs[number] = (request.configuration, spans)
-        return jobs
-
-    def finish(self, number: int, outcome: Outcome) -> None:
-        """Make an outcome durable."""
-        request = self._requests[number]
-        costs = {}
-        for task in self._tasks:
-            key = (request.configuration.key, task.name)
-            values = (*self._values.get(key, ()), *outcome.values.get(task.name, ()))
-            used = values[: min(request.budget, task.size)]
-            costs[task.name] = 1.0 - sum(used) / len(used) if outcome.status == "ok" else 1.0
-        trial = Trial(
-            id=number,
-            configuration=request.configuration,
-            budget=request.budget,
-            costs=costs,
-            status=outcome.status,
-            seconds=outcome.seconds,
-            error=outcome.error,
-            values=outcome.values,
-        )
-        self._log.add(trial)
-        self._remember(trial)
-        if outcome.status == "failed":
-            self._failures[outcome.kind] += 1
-            if self._failures[outcome.kind] >= self._max_failures:
-                raise TailorError(
-                    f"{self._max_failures} trials failed by {outcome.kind}, which looks like a fault and not "
-                    f"like bad models:\n{outcome.error}"
-                )
-
-    def answers(self, asked: Sequence[Request]) -> list[Trial] | None:
-        """Trials in the order of what was asked; None where one has no answer."""
-        found = [self.trials.get((request.configuration.key, request.budget)) for request in asked]
-        return None if None in found else [trial for trial in found if trial is not None]
-
-    def _remember(self, trial: Trial) -> None:
-        self.trials[trial.key] = trial
-        for task, values in trial.values.items():
-            key = (trial.configuration.key, task)
-            self._values[key] = (*self._values.get(key, ()), *values)

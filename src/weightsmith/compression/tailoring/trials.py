@@ -20,7 +20,7 @@ from weightsmith.runs.atomic import append_line, read_lines
 
 FORMAT = 1
 PLACES = 6
-Status = Literal["ok", "nonfinite", "failed"]
+Status = Literal["ok", "stopped", "nonfinite", "failed"]
 _MAY_CHANGE = ("n_trials", "max_failures", "select")
 
 
@@ -32,8 +32,9 @@ class Trial:
         id: Its number, given when it was asked for.
         configuration: What was measured.
         budget: Calibration examples of each task, at most.
-        costs: 1 - score, by task; 1 where it failed.
-        status: `nonfinite` where logits held NaN or infinity, `failed` where it raised.
+        costs: 1 - score, by task; 1 where it failed, of what was scored where it was stopped.
+        status: `stopped` where it was given up as hopeless, `nonfinite` where logits held NaN or infinity,
+            `failed` where it raised.
         seconds: It took.
         error: The traceback of a failed one.
         values: New scores per example, by task: those beyond what a lower budget had measured already.

@@ -8,15 +8,17 @@ from __future__ import annotations
 import concurrent.futures as futures
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
-from weightsmith.compression.tailoring.evaluator import Evaluator, Outcome, Spans
+from weightsmith.compression.tailoring.evaluator import Evaluator, Outcome
 from weightsmith.compression.tailoring.space import Configuration
+from weightsmith.compression.tailoring.stopping import Cut, Spans
 from weightsmith.errors import InputError, SystemFault, require
 
-Jobs = Mapping[int, tuple[Configuration, Spans]]
+Job = tuple[Configuration, Spans, Cut | None]
 
 _evaluator: Evaluator | None = None
 """Of a worker process."""
@@ -25,8 +27,11 @@ _evaluator: Evaluator | None = None
 class Workers(Protocol):
     """Computes trials."""
 
-    def outcomes(self, jobs: Jobs) -> Iterator[tuple[int, Outcome]]:
-        """The outcome of each job by its number, in any order."""
+    def outcomes(self, numbers: Sequence[int], job: Callable[[int], Job]) -> Iterator[tuple[int, Outcome]]:
+        """The outcome of each job by its number, in any order.
+
+        A job is asked for when its turn comes, so that it can know of those before it.
+        """
         ...
 
 
@@ -36,24 +41,30 @@ class Here:
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
 
-    def outcomes(self, jobs: Jobs) -> Iterator[tuple[int, Outcome]]:
+    def outcomes(self, numbers: Sequence[int], job: Callable[[int], Job]) -> Iterator[tuple[int, Outcome]]:
         """As `Workers`."""
-        for number, job in jobs.items():
-            yield number, self._evaluator(*job)
+        for number in numbers:
+            yield number, self._evaluator(*job(number))
 
 
 class Processes:
     """Trials in processes of this machine."""
 
-    def __init__(self, executor: futures.Executor) -> None:
-        self._executor = executor
+    def __init__(self, executor: futures.Executor, count: int) -> None:
+        self._executor, self._count = executor, count
 
-    def outcomes(self, jobs: Jobs) -> Iterator[tuple[int, Outcome]]:
+    def outcomes(self, numbers: Sequence[int], job: Callable[[int], Job]) -> Iterator[tuple[int, Outcome]]:
         """As `Workers`."""
-        running = {self._executor.submit(_evaluate, *job): number for number, job in jobs.items()}
+        waiting = deque(numbers)
+        running: dict[futures.Future[Outcome], int] = {}
         try:
-            for done in futures.as_completed(running):
-                yield running[done], done.result()
+            while waiting or running:
+                while waiting and len(running) < self._count:
+                    number = waiting.popleft()
+                    running[self._executor.submit(_evaluate, *job(number))] = number
+                done, _ = futures.wait(running, return_when=futures.FIRST_COMPLETED)
+                for one in done:
+                    yield running.pop(one), one.result()
         except futures.BrokenExecutor as problem:
             raise SystemFault(
                 f"a worker of the search died ({problem}); what it had finished is in the log"
@@ -69,14 +80,14 @@ class Machines:
     def __init__(self, ray: Any, actors: list[Any]) -> None:
         self._ray, self._actors = ray, actors
 
-    def outcomes(self, jobs: Jobs) -> Iterator[tuple[int, Outcome]]:
+    def outcomes(self, numbers: Sequence[int], job: Callable[[int], Job]) -> Iterator[tuple[int, Outcome]]:
         """As `Workers`."""
-        waiting, running = list(jobs.items()), {}
+        waiting, running = deque(numbers), {}
         free = list(self._actors)
         while waiting or running:
             while waiting and free:
-                (number, job), actor = waiting.pop(0), free.pop()
-                running[actor.evaluate.remote(*job)] = (number, actor)
+                number, actor = waiting.popleft(), free.pop()
+                running[actor.evaluate.remote(*job(number))] = (number, actor)
             (done,), _ = self._ray.wait(list(running), num_returns=1)
             number, actor = running.pop(done)
             free.append(actor)
@@ -118,7 +129,7 @@ def _processes(evaluator: Evaluator, count: int) -> Iterator[Workers]:
     with futures.ProcessPoolExecutor(
         count, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(evaluator,)
     ) as executor:
-        yield Processes(executor)
+        yield Processes(executor, count)
 
 
 @contextmanager
@@ -154,8 +165,8 @@ class _Actor:
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
 
-    def evaluate(self, configuration: Configuration, spans: Spans) -> Outcome:
-        return self._evaluator(configuration, spans)
+    def evaluate(self, configuration: Configuration, spans: Spans, cut: Cut | None) -> Outcome:
+        return self._evaluator(configuration, spans, cut)
 
 
 def _begin(evaluator: Evaluator) -> None:
@@ -163,9 +174,9 @@ def _begin(evaluator: Evaluator) -> None:
     _evaluator = evaluator
 
 
-def _evaluate(configuration: Configuration, spans: Spans) -> Outcome:
+def _evaluate(configuration: Configuration, spans: Spans, cut: Cut | None) -> Outcome:
     assert _evaluator is not None
-    return _evaluator(configuration, spans)
+    return _evaluator(configuration, spans, cut)
 
 
 def _check_tasks(evaluator: Evaluator) -> None:

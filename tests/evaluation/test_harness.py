@@ -1,5 +1,7 @@
 """Tasks of lm-evaluation-harness: the harness's numbers, one clear line for what is wrong."""
 
+import contextlib
+import copy
 import sys
 
 import pytest
@@ -226,3 +228,29 @@ def test_the_label_of_a_task_is_its_name_alone():
     labels = [TaskConfig(task=f"lm_eval:{name}").label for name in ("a", "b@acc", "x/y/c@pass@1,f")]
     assert labels == ["a", "b", "c"]
     assert Name.of("lm_eval:x/y/c@pass@1,f") == ("x/y", "c", "pass@1", "f")
+
+
+def test_a_model_that_chooses_by_the_prompt_is_told_the_prompt_alone(bed, pages):
+    model, tokenizer = bed
+    questions = HarnessQuestions(f"lm_eval:{pages}/colours")
+    expected = questions.values(model, tokenizer, range(15))
+    told = []
+
+    def for_prompts(prompts):
+        told.extend(tokenizer.decode(prompt) for prompt in prompts)
+        return contextlib.nullcontext()
+
+    chooser = copy.deepcopy(model)
+    chooser.for_prompts = for_prompts
+    assert questions.values(chooser, tokenizer, range(15)) == expected
+    assert len(told) == sum(2 + n % 3 for n in range(15))
+    assert all(text.rstrip().endswith("?") for text in told)
+
+
+def test_tasks_that_run_what_a_model_writes_are_refused(pages):
+    page = (pages / "shapes.yaml").read_text().replace("task: shapes", "task: code\nunsafe_code: true")
+    folder = pages.parent / "unsafe"
+    folder.mkdir()
+    (folder / "code.yaml").write_text(page)
+    with pytest.raises(InputError, match="`code` runs code that a model writes; run it with lm_eval itself"):
+        HarnessQuestions(f"lm_eval:{folder}/code")

@@ -259,7 +259,7 @@ METHODS: tuple[MethodCard, ...] = (
         room="merging/mediator",
         target="weightsmith.merging.mediator.model:Mediator",
         purpose="Average the blocks on which fine-tunes agree, route to sparse experts of the others.",
-        verdict="open",
+        verdict="reproduced",
     ),
     _training(
         "adagc",

@@ -7,9 +7,9 @@ Rule     Per row of a tensor (a vector is one row) the magnitudes |theta_t - the
          theta = theta_0 + lambda * sum_t w_t tau_t     (`normalize`: divided by sum_t w_t)
 Source   Deep et al., arXiv:2406.11617 (MagPrune). mergekit restores each tensor's L1 norm instead of dividing
          by p_i: `rescale: l1`. Density 1 keeps everything, as there. Decided here: among equal magnitudes the
-         lower index ranks higher, and in rows of 1,024 (of 65,536) entries those count as equal that agree in
-         their first 15 (9) binary digits; a row is the last axis (mergekit ranks along the second, which
-         differs in stacks of matrices only); masks come from DARE's generator, so that epsilon 0 is DARE.
+         lower index ranks higher, and those count as equal that agree in exponent and nine binary digits; a
+         row is the last axis (mergekit ranks along the second, which differs in stacks of matrices only);
+         masks come from DARE's generator, so that epsilon 0 is DARE.
 Cost     One pass, most of it one sort of each row of each model; `rescale: l1` needs one more.
 Memory   Vectors are ranked whole: 4 bytes an element and model while one is in work.
 """
@@ -26,9 +26,6 @@ from weightsmith.merging.methods.dare_linear import Rescale
 from weightsmith.merging.options import OptionError, check_range
 from weightsmith.merging.parameter import Parameter, PerModel, Scratch, Tile
 from weightsmith.merging.thinning import AddedChanges
-
-SHORT_PLACES = 16
-"""Bits of a place in a row up to which 32 hold a magnitude beside it, to nine binary digits at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,25 +138,14 @@ def ranked_probabilities(
     steps = np.arange(row) / (row - 1) if row > 1 else np.full(1, 0.5)
     ladder = (density - epsilon + 2 * epsilon * steps).astype(np.float32)
     np.minimum(ladder, np.float32(1 - 2**-24), out=ladder)  # rounding may reach 1, which no draw is below
-    # Magnitude and, for equals, place in one integer: all differ, so that any sort gives one order. 32 bits
-    # sort at twice the speed of 64, and hold all of a magnitude but its last digits.
-    place_bits = max(1, (row - 1).bit_length())
-    kind: type[np.uint32 | np.uint64] = np.uint32 if place_bits <= SHORT_PLACES else np.uint64
-    places = kind(2**place_bits - 1)
-    ranking = scratch.get("ranking", values.size, kind).reshape(-1, row)
-    bits = values.view(np.uint32).reshape(-1, row)
-    np.left_shift(bits, 1, out=ranking, dtype=kind)  # in 32 bits the sign falls off
-    if kind is np.uint64:
-        np.bitwise_and(ranking, kind(2**32 - 1), out=ranking)
-        np.left_shift(ranking, 31, out=ranking)
-    np.bitwise_and(ranking, ~places, out=ranking)
-    np.bitwise_or(ranking, np.arange(row - 1, -1, -1, dtype=kind), out=ranking)
-    ranking.sort(axis=1)
-    np.bitwise_and(ranking, places, out=ranking)
-    at = scratch.get("places", values.size, np.intp).reshape(-1, row)
-    ends = np.arange(row - 1, values.size, row)[:, None]
-    np.subtract(ends, ranking, out=at, casting="unsafe")
-    out[at.reshape(-1)] = np.broadcast_to(ladder, at.shape).reshape(-1)  # twice as fast as `np.put`
+    # The largest first, of equals the first: 16 bits of each are sorted digit by digit, several times faster
+    # than all 32 by comparisons.
+    halves = scratch.get("halves", values.size, np.uint16)
+    np.right_shift(values.view(np.uint32), 15, out=halves, casting="unsafe")  # the sign falls off
+    np.invert(halves, out=halves)
+    places = np.argsort(halves.reshape(-1, row), axis=1, kind="stable")
+    places += np.arange(0, values.size, row)[:, None]
+    out[places.reshape(-1)] = np.broadcast_to(ladder[::-1], places.shape).reshape(-1)  # faster than `np.put`
     return out
 
 

@@ -49,6 +49,8 @@ peers: .venv-peers/.ready
 
 bench: setup peers
 	@$(BIN)/python benchmarks/merge.py
+	@$(BIN)/python benchmarks/merge_fusion_bench.py
+	@$(BIN)/python benchmarks/mediator.py
 	@$(BIN)/python benchmarks/spectral.py
 	@$(BIN)/python benchmarks/training_parts.py
 	@$(BIN)/python benchmarks/averaging.py

@@ -571,7 +571,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seeds, size, amount = (
         (chosen.seeds[:1], "xs", QUICK) if chosen.quick else (chosen.seeds, chosen.size, Amount())
     )
-    with units("mediator", chosen, [size, amount, fingerprint()]) as done:
+    with units("mediator", chosen, [size, amount, STRENGTHS, DENSITIES, BYTES, fingerprint()]) as done:
         few = {"cache": done.folder / "bed", "base_steps": 4, "finetune_steps": 4} if chosen.quick else {}
         runs = [done(f"seed {seed}", lambda seed=seed: measure(seed, size, amount, **few)) for seed in seeds]
     judgement = judge(runs)

@@ -376,13 +376,20 @@ def test_the_ready_recipe_of_parts_runs(tmp_path):
     assert {stage.status for stage in result.stages} == {"finished"}
 
 
-def test_the_ready_recipe_of_meap_can_be_planned(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("meap", ("plain", "masked", "harder", "scores")),
+        ("tezo", ("tezo_adam", "mezo", "lozo", "adamw", "scores")),
+    ],
+)
+def test_a_ready_recipe_can_be_planned(name, stages, tmp_path, capsys, monkeypatch):
     """Its run takes minutes."""
     from weightsmith.cli.main import app
 
-    page = Path(__file__).parents[2] / "recipes" / "meap.yaml"
+    page = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
     monkeypatch.chdir(tmp_path)
     assert not app(["run", str(page), "--dry-run"], standalone_mode=False)
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("plain", "masked", "harder", "scores"))
+    assert all(stage in shown for stage in stages)
     assert not list(tmp_path.rglob("*.safetensors"))

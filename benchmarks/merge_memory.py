@@ -3,6 +3,8 @@
     python benchmarks/merge_memory.py [--size 3B | 3B-layer | small] [--methods all] [--folder DIR]
                                       [--keep-inputs] [--out benchmarks/results/merge_memory.json]
 
+What is measured replaces its own rows of the results; other rows stay.
+
 Makes a base and two fine-tunes in bfloat16: one block of random numbers, repeated through all tensors at a
 length that no row divides, so that making them costs what writing does and matrices still have full rank.
 `3B-layer` is one layer of it: matrices of the same sizes, and so the peak of spectral methods sooner. Each
@@ -62,23 +64,27 @@ def main() -> None:
         methods = {name: methods[name] for name in names}
     inputs = options.folder / options.size
     helper("make", str(inputs), json.dumps(SIZES[options.size]))
-    results = []
+    known = json.loads(options.out.read_text())["results"] if options.out.exists() else []
+    results = {(result["size"], result["method"]): result for result in known}
+    new = []
     try:
         for name, facts in methods.items():
-            results.append(measured(name, facts, inputs))
-            print(line(results[-1]), file=sys.stderr, flush=True)
-            report = {"size": options.size, "config": SIZES[options.size], "machine": machine()}
-            report |= {"limits": {"tiles": LIMITS[False], "matrices": LIMITS[True]}, "results": results}
+            new.append({"size": options.size, **measured(name, facts, inputs)})
+            results[options.size, name] = new[-1]
+            print(line(new[-1]), file=sys.stderr, flush=True)
+            rows = [results[key] for key in sorted(results)]
+            report = {"sizes": SIZES, "machine": machine(), "results": rows}
+            report |= {"limits": {"tiles": LIMITS[False], "matrices": LIMITS[True]}}
             # Written after each: an hour of merges should not be lost to the last one.
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(report, indent=2) + "\n")
-            options.out.with_suffix(".md").write_text(table(results))
+            options.out.with_suffix(".md").write_text(table(rows))
     finally:
         shutil.rmtree(inputs / "out", ignore_errors=True)
         if not options.keep_inputs:
             shutil.rmtree(inputs, ignore_errors=True)
-    print(table(results))
-    over = [result["method"] for result in results if not result["within"]]
+    print(table(new))
+    over = [result["method"] for result in new if not result["within"]]
     if over:
         sys.exit(f"over the limit: {', '.join(over)}")
 
@@ -142,15 +148,15 @@ def watch(pid: int, seen: list[int], over: threading.Event) -> None:
 def table(results: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
     lines = [
-        "| method | works on | `ru_maxrss` | with workers | sum of PSS | limit | within | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| size | method | works on | `ru_maxrss` | with workers | sum of PSS | limit | within | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        sizes = [f"{size / 1e6:.0f} MB" for size in result["memory_bytes"].values()]
+        sizes = [f"{size / 1e6:.0f} MB" for size in [*result["memory_bytes"].values(), result["limit"]]]
         kind = "matrices" if result["matrices"] else "tiles"
         within = "yes" if result["within"] else "**no**"
         lines.append(
-            f"| `{result['method']}` | {kind} | {' | '.join(sizes)} | {result['limit'] / 1e6:.0f} MB "
+            f"| {result['size']} | `{result['method']}` | {kind} | {' | '.join(sizes)} "
             f"| {within} | {result['seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"

@@ -13,8 +13,9 @@ timed. Loads:
               worker a core), and as theirs runs them, one after the other on all cores
     tables    two 32,000 x 1,024 embeddings, in the same way; our merges average them unless told otherwise
     model     24 blocks and two tables, 0.4 B parameters: the sum of the above
+    larger    two blocks of width 2,048 (22 of them and their tables have 1.1 B parameters); one round
 
-Targets: 4 times theirs on the model's tensors; goal 5.
+Targets: 4 times theirs on a model's tensors; goal 5.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ from weightsmith.runs.environment import environment
 from weightsmith.tensors.spectra import one_thread
 
 TASKS = 3
-SHAPES = {"square": (768, 768), "wide": (768, 2048), "larger": (1024, 2816)}
+SHAPES = {"square": (768, 768), "wide": (768, 2048), "wider": (1024, 2816)}
 BLOCK = {"hidden": 1024, "inner": 2816, "keys": 256}
+LARGER_BLOCK = {"hidden": 2048, "inner": 5632, "keys": 256}
 QUICK_SHAPES = {"square": (128, 128), "wide": (128, 352)}
 QUICK_BLOCK = {"hidden": 128, "inner": 352, "keys": 64}
 TABLE, QUICK_TABLE = (32_000, 1024), (2000, 128)
@@ -106,7 +108,6 @@ def paired(ours: Callable[[], object], peer: Callable[[], object], rounds: int) 
         work()
         return time.perf_counter() - start
 
-    ours(), peer()  # warm up: allocator, thread pool
     times = [(seconds(ours), seconds(peer)) for _ in range(rounds)]
     ratios = sorted(slow / fast for fast, slow in times)
     return {
@@ -136,28 +137,34 @@ def measure(rounds: int, quick: bool) -> dict[str, object]:
             flush=True,
         )
 
-    def compare(name: str, ours: Callable[[], list[Tensor]], layer: list[Tensor]) -> None:
-        far = max(map(distance, ours(), theirs(layer)))
+    def compare(
+        name: str, ours: Callable[[], list[Tensor]], layer: list[Tensor], times: int = rounds
+    ) -> None:
+        far = max(map(distance, ours(), theirs(layer)))  # warms allocator and thread pool up, too
         if not far < AGREE:
             raise SystemExit(f"{name}: the two disagree by {far:.1e} of the result, {AGREE:.0e} is allowed")
-        record(name, {"relative_difference": far, **paired(ours, lambda: theirs(layer), rounds)})
+        record(name, {"relative_difference": far, **paired(ours, lambda: theirs(layer), times)})
+
+    def blocks_of(sizes: dict[str, int]) -> list[Tensor]:
+        """Two blocks, so that both cores have as much to do as in a whole model."""
+        return sorted([*block(sizes, 100), *block(sizes, 150)], key=lambda deltas: -deltas.numel())
 
     for name, shape in (QUICK_SHAPES if quick else SHAPES).items():
         for spectrum in ("flat", "steep"):
             deltas = changes(shape, spectrum, 0)
             compare(f"matrix {name} {shape[0]}x{shape[1]} {spectrum}", lambda d=deltas: [tsvm(d)], [deltas])
-    # Two of each, so that both cores have as much to do as in a whole model.
-    sizes = QUICK_BLOCK if quick else BLOCK
-    layer = sorted([*block(sizes, 100), *block(sizes, 150)], key=lambda deltas: -deltas.numel())
+    layer = blocks_of(QUICK_BLOCK if quick else BLOCK)
     compare("two blocks", lambda: engine_way(layer, cores), layer)
     tables = [changes(QUICK_TABLE if quick else TABLE, "flat", seed) for seed in (200, 201)]
     compare("two tables", lambda: engine_way(tables, cores), tables)
+    if not quick:
+        large = blocks_of(LARGER_BLOCK)
+        compare("two larger blocks", lambda: engine_way(large, cores), large, 1)
     model = {
         key: LAYERS / 2 * found["two blocks"][key] + TABLES / 2 * found["two tables"][key]
         for key in ("ours_seconds", "fusion_bench_seconds")
     }
     ratio = model["fusion_bench_seconds"] / model["ours_seconds"]
-    blocks = found["two blocks"]["ratio"]
     print(f"model of {LAYERS} blocks and {TABLES} tables: {ratio:.2f}x (floor {FLOOR}, goal {GOAL})")
     return {
         "what": "TSV-M, seconds and ratio of fusion_bench's function to ours",
@@ -172,7 +179,7 @@ def measure(rounds: int, quick: bool) -> dict[str, object]:
             "ratio": ratio,
             "floor_held": ratio >= FLOOR,
             "goal_held": ratio >= GOAL,
-            "floor_held_by_blocks_alone": blocks >= FLOOR,
+            "floor_held_by": [name for name, times in found.items() if times["ratio"] >= FLOOR],
         },
     }
 

@@ -6,7 +6,7 @@ import pytest
 from weightsmith.errors import InputError
 from weightsmith.merging import memory, merge_tensors
 from weightsmith.merging.dropout import keep_flags, keep_flags_each, keys
-from weightsmith.merging.methods.della_linear import ranked_probabilities
+from weightsmith.merging.methods.della_linear import by_rank
 from weightsmith.merging.parameter import Scratch
 
 
@@ -28,37 +28,27 @@ def probabilities(values, density, epsilon):
     found = np.empty(values.shape)
     for r, row in enumerate(nine_digits(values)):
         for i, own in enumerate(row):
-            rank = sum(other < own or (other == own and j > i) for j, other in enumerate(row))
+            rank = sum(other < own or (other == own and j < i) for j, other in enumerate(row))
             found[r, i] = density - epsilon + 2 * epsilon * rank / (len(row) - 1)
     return found
 
 
-@pytest.mark.parametrize(
-    "values", [normal(4, 5, 33), np.round(normal(5, 5, 33)), np.zeros((2, 9), np.float32)]
-)
-def test_probabilities_follow_the_ranks_of_the_magnitudes(values):
-    flat = np.ascontiguousarray(values).reshape(-1)
-    found = ranked_probabilities(flat, values.shape[1], 0.4, 0.2, np.empty_like(flat), Scratch())
-    np.testing.assert_allclose(found.reshape(values.shape), probabilities(values, 0.4, 0.2), rtol=1e-6)
-
-
 @pytest.mark.parametrize("row", [2, 3, 1024, 2816, 65_537])
-def test_magnitudes_are_ranked_by_exponent_and_nine_binary_digits(row):
+@pytest.mark.parametrize("coarse", [False, True])
+def test_entries_are_ranked_by_exponent_and_nine_binary_digits_then_by_place(row, coarse):
     values = np.random.default_rng(row).standard_normal((2, row)).astype(np.float32)
-    found = ranked_probabilities(
-        values.reshape(-1), row, 0.5, 0.15, np.empty(values.size, np.float32), Scratch()
-    )
-    bits = nine_digits(values)
-    for magnitudes, probabilities in zip(bits, found.reshape(2, row), strict=True):
-        order = np.lexsort((-np.arange(row), magnitudes))  # the lower index ranks higher
-        assert np.all(np.diff(probabilities[order]) >= 0)
-        assert probabilities.mean(dtype=np.float64) == pytest.approx(0.5, abs=1e-6)
-        assert (probabilities.min(), probabilities.max()) == pytest.approx((0.35, 0.65))
+    values = np.round(values) if coarse else values
+    places = by_rank(values.reshape(-1), row, Scratch()).reshape(2, row)
+    for magnitudes, found, start in zip(nine_digits(values), places, (0, row), strict=True):
+        np.testing.assert_array_equal(found, start + np.lexsort((np.arange(row), magnitudes)))
 
 
-def test_a_row_of_one_entry_has_the_density_itself():
-    found = ranked_probabilities(np.float32([3, -1]), 1, 0.4, 0.2, np.empty(2, np.float32), Scratch())
-    np.testing.assert_allclose(found, [0.4, 0.4])
+def test_in_a_row_of_one_entry_the_density_itself_holds():
+    base, model = np.zeros((4000, 1), np.float32), np.full((4000, 1), 2, np.float32)
+    for options in ({"epsilon": 0.2}, {"epsilon": 0.0}):
+        merged = merge_tensors(base, [model], "della_linear", density=0.4, **options)
+        np.testing.assert_allclose(np.unique(merged), [0, 5])
+        assert (merged != 0).mean() == pytest.approx(0.4, abs=4 * (0.24 / 4000) ** 0.5)
 
 
 def test_entries_are_kept_as_often_as_their_rank_says_and_divided_by_that():
@@ -135,9 +125,10 @@ def test_probabilities_outside_0_and_1_are_refused_with_what_is_legal(options, m
         merge_tensors(BASE, MODELS, "della", **options)
 
 
-def test_a_probability_of_its_own_decides_as_the_same_density_does():
-    key, count = keys(1, "w", 1)[0], 50_000
-    for density in (0.5, 0.3, 2**-20):
-        exact = round(density * 2**24) / 2**24
-        each = keep_flags_each(key, 13, np.full(count, exact, np.float32), np.empty(count, np.bool_))
-        np.testing.assert_array_equal(each, keep_flags(key, 13, exact, np.empty(count, np.bool_)))
+def test_a_probability_for_each_place_in_a_row_decides_as_the_same_density_does():
+    key = keys(1, "w", 1)[0]
+    densities = np.float64([0.5, 0.3, 2**-20, 1 - 2**-30])
+    each = keep_flags_each(key, 13, densities, np.empty((50_000, 4), np.bool_))
+    for place, density in enumerate(densities):
+        alone = keep_flags(key, 13, density, np.empty(200_000, np.bool_))
+        np.testing.assert_array_equal(each[:, place], alone[place::4])

@@ -68,17 +68,23 @@ def keep_flags(key: int, start: int, density: float, out: np.ndarray) -> np.ndar
 
 
 def keep_flags_each(key: int, start: int, probabilities: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """As `keep_flags`, each entry with a probability of its own: fp32 (n,), inside (0, 1), to 2**-24.
+    """As `keep_flags`, with a probability for each place in a row, the same ones in every row.
 
-    Where a probability is a multiple of 2**-24, the flag is the one that `keep_flags` gives to that density.
+    Args:
+        key: From `keys`.
+        start: Index of the first entry, which begins a row.
+        probabilities: fp64 (row,), each above 0 and below 1; they hold to 2**-32.
+        out: bool (rows, row); set.
     """
-    drawn = _drawn_bytes(key, start, out.size)
-    scaled = np.multiply(probabilities, np.float32(256))  # exact: a power of two
-    high = scaled.astype(np.uint8)
-    undecided = np.flatnonzero(np.equal(drawn, high, out=out))
+    bounds = np.minimum(np.rint(probabilities * 2**32), 2**32 - 1).astype(np.uint32)
+    high = (bounds >> np.uint32(24)).astype(np.uint8)
+    drawn = _drawn_bytes(key, start, out.size).reshape(out.shape)
+    flat = out.reshape(-1)
+    np.equal(drawn, high, out=out)
+    undecided = np.flatnonzero(flat)
     np.less(drawn, high, out=out)
-    low = (scaled[undecided] - high[undecided]).astype(np.float64) * 2**24
-    out[undecided] = _hash24(key, start + undecided) < low
+    low = bounds & np.uint32(2**24 - 1)
+    flat[undecided] = _hash24(key, start + undecided) < low[undecided % len(low)]
     return out
 
 

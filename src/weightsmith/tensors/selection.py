@@ -7,8 +7,8 @@ Method   The bits of a non-negative float order like the float, so magnitudes ar
          sample gives a bracket [low, high] that should hold the k-th largest. One pass counts what lies
          above and collects the few that lie inside, where counting and a partition end it. Where the
          bracket holds only a few distinct values, it counts each of them instead. When the bracket missed,
-         or holds too much to keep, it is narrowed (by a coarse count of what it holds: 65,536 times at
-         once) and the pass is made again: never more than five, whatever the data.
+         or holds too much to keep, it is narrowed (by a coarse count of what it holds: 4,096 times at once)
+         and the pass is made again: never more than five, whatever the data.
 Result   A `Cut`: the k-th magnitude and, for equals, the tile and the count up to which they are kept.
 Cost     About 0.6 ns per element and pass. Memory: at most `COLLECTED_ELEMENTS` values for each selection.
 """
@@ -22,7 +22,8 @@ import numpy as np
 
 MAGNITUDE_BITS = 0x7FFFFFFF
 COLLECTED_ELEMENTS = 1 << 21
-_COARSE_BITS = 16
+# Every part of a stream keeps such a count, and a model has hundreds.
+_COARSE_BITS = 12
 # Fewer bins where each of many small parts is counted into all of them.
 _RANK_BITS = 11
 # Half width of the sampled bracket in standard deviations of a quantile of independent draws. The sample

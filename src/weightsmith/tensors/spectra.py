@@ -104,7 +104,7 @@ def whitening(columns: Tensor, tolerance: float = WHITEN_TOLERANCE) -> tuple[Ten
     copies of the same directions share one set between them, instead of receiving arbitrary ones.
 
     Args:
-        columns: (M, K) unit columns, K <= M.
+        columns: (M, K), K <= M.
         tolerance: Relative to the largest eigenvalue of the Gram matrix.
 
     Returns:

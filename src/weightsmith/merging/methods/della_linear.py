@@ -7,9 +7,9 @@ Rule     Per row of a tensor (a vector is one row) the magnitudes |theta_t - the
          theta = theta_0 + lambda * sum_t w_t tau_t     (`normalize`: divided by sum_t w_t)
 Source   Deep et al., arXiv:2406.11617 (MagPrune). mergekit restores each tensor's L1 norm instead of dividing
          by p_i: `rescale: l1`. Density 1 keeps everything, as there. Decided here: among equal magnitudes the
-         lower index ranks higher, and those count as equal that agree in exponent and nine binary digits; a
+         higher index ranks higher, and those count as equal that agree in exponent and nine binary digits; a
          row is the last axis (mergekit ranks along the second, which differs in stacks of matrices only);
-         masks come from DARE's generator, so that epsilon 0 is DARE.
+         the draw is made for each rank of a row by DARE's generator, and epsilon 0 is DARE.
 Cost     One pass, most of it one sort of each row of each model; `rescale: l1` needs one more.
 Memory   Vectors are ranked whole: 4 bytes an element and model while one is in work.
 """
@@ -18,10 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from weightsmith.merging.dropout import keep_flags_each, keys
+from weightsmith.merging.dropout import keep_flags, keep_flags_each, keys
 from weightsmith.merging.methods.dare_linear import Rescale
 from weightsmith.merging.options import OptionError, check_range
 from weightsmith.merging.parameter import Parameter, PerModel, Scratch, Tile
@@ -114,39 +115,33 @@ class DellaLinear(AddedChanges):
         if density == 1:
             out[:] = 1
             return
-        ranked_probabilities(delta, row, density, epsilon, out, scratch)
-        flags = keep_flags_each(key, start, out, scratch.get("flags", out.size, np.bool_))
-        if self.rescale == "paper":
-            np.divide(flags, out, out=out, casting="same_kind")
-        else:
-            np.copyto(out, flags)
+        flags = scratch.get("flags", out.size, np.bool_)
+        if epsilon == 0 or row == 1:
+            np.multiply(keep_flags(key, start, density, flags), np.float32(self._makes_up(density)), out=out)
+            return
+        # Drawn in the order of ranks, where probabilities are a ladder, and then put where the entries are.
+        chances = np.linspace(density - epsilon, density + epsilon, row)
+        rows = keep_flags_each(key, start, chances, flags.reshape(-1, row))
+        factors = scratch.get("factors", out.size)
+        np.multiply(rows, np.float32(self._makes_up(chances)), out=factors.reshape(-1, row))
+        out[by_rank(delta, row, scratch)] = factors
+
+    def _makes_up(self, chance: Any) -> Any:
+        """What an entry is multiplied by that was kept by this chance."""
+        return 1 / chance if self.rescale == "paper" else 1
 
 
-def ranked_probabilities(
-    values: np.ndarray, row: int, density: float, epsilon: float, out: np.ndarray, scratch: Scratch
-) -> np.ndarray:
-    """For each entry, density - epsilon .. density + epsilon by the rank of its magnitude in its row.
+def by_rank(values: np.ndarray, row: int, scratch: Scratch) -> np.ndarray:
+    """Where the entries of each row are by rising magnitude: fp32 (n,), whole rows, to int64 (n,).
 
-    Args:
-        values: fp32 (n,), whole rows.
-        row: Entries of a row; a row of one has the density itself.
-        density: The mean.
-        epsilon: Half the range.
-        out: fp32 (n,); set.
-        scratch: Buffers of the worker.
+    Of equals the first comes first; equal is what agrees in exponent and nine binary digits. Those 16 bits
+    are sorted digit by digit, several times faster than all 32 by comparisons.
     """
-    steps = np.arange(row) / (row - 1) if row > 1 else np.full(1, 0.5)
-    ladder = (density - epsilon + 2 * epsilon * steps).astype(np.float32)
-    np.minimum(ladder, np.float32(1 - 2**-24), out=ladder)  # rounding may reach 1, which no draw is below
-    # The largest first, of equals the first: 16 bits of each are sorted digit by digit, several times faster
-    # than all 32 by comparisons.
     halves = scratch.get("halves", values.size, np.uint16)
     np.right_shift(values.view(np.uint32), 15, out=halves, casting="unsafe")  # the sign falls off
-    np.invert(halves, out=halves)
     places = np.argsort(halves.reshape(-1, row), axis=1, kind="stable")
     places += np.arange(0, values.size, row)[:, None]
-    out[places.reshape(-1)] = np.broadcast_to(ladder[::-1], places.shape).reshape(-1)  # faster than `np.put`
-    return out
+    return places.reshape(-1)
 
 
 def _pairs(density: PerModel, epsilon: PerModel) -> Iterator[tuple[float, float]]:

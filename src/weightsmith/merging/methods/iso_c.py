@@ -3,7 +3,8 @@
 Problem  A sum of changes has a few directions that all tasks share and that drown what one task alone needs.
 Method   Per matrix: sum_t D_t = U S V^T;  W = W_0 + mean(S) * U V^T.
          What is no matrix, and every excluded name: W = W_0 + mean D_t.
-Source   Marczak et al., arXiv:2502.04959. Decided here: directions with s <= 1e-6 s_max are rounding and stay
+         U V^T is the polar factor, which a Gram matrix gives without an SVD, and <U V^T, sum> = sum(S).
+Source   Marczak et al., arXiv:2502.04959. Decided here: directions with s <= 1e-5 s_max are rounding and stay
          out, where U V^T of an SVD would fill them with arbitrary ones; they count as 0 in the mean.
 Scale    Matrices behave like a sum, vectors like a mean. `alpha` scales both; the paper tunes it, near 1.
 Memory   Whole matrices: the T changes in fp32, about three more of the same size, and a few q x q.
@@ -52,10 +53,12 @@ def isotropic(matrix: Tensor) -> tuple[Tensor | None, int]:
         >>> isotropic(torch.diag(torch.tensor([3.0, 1.0])))[0].diagonal()
         tensor([2., 2.])
     """
-    from weightsmith.tensors.spectra import truncated_svd
+    from weightsmith.tensors.spectra import whiten
 
-    u, s, v = truncated_svd(matrix, min(matrix.shape))
-    rank = int((s > 0).sum())
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+    nearest = whiten(wide.mT).mT
+    rank = round(float(nearest.square().sum()))  # each singular value is 1
     if rank == 0:
         return None, 0
-    return (u * s.mean()) @ v.mT, rank
+    nearest *= (nearest * wide).sum() / len(wide)
+    return nearest if wide is matrix else nearest.mT, rank

@@ -162,6 +162,23 @@ def test_the_preheat_reads_other_text_and_is_part_of_the_steps(base, tmp_path, r
     assert (result.steps, len(read)) == (8, 10)
 
 
+def test_the_steps_of_the_preheat_are_told_before_those_of_the_training(base, tmp_path):
+    told = []
+
+    class Told:
+        def start(self, label, total, unit):
+            told.append([label, total, 0])
+
+        def advance(self, amount):
+            told[-1][2] += amount
+
+        def done(self):
+            pass
+
+    go(FinetuneConfig(data="docs", adapter=HRP, **SMALL), base, tmp_path, progress=Told())
+    assert told == [["preheating", 2, 2], ["training", 6, 6]]
+
+
 def test_micro_batches_of_the_preheat_add_up(base, tmp_path):
     losses = []
     for folder, sizes in (("whole", {"batch_size": 4}), ("parts", {"gradient_accumulation": 2})):

@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from weightsmith.evaluation.models import load_tokenizer
+from weightsmith.runs.progress import Progress
 from weightsmith.training.adagc.options import AdaGCOptions
 from weightsmith.training.alphadecay.callback import LOG_FILE, AlphaDecayCallback
 from weightsmith.training.alphadecay.options import AlphaDecayOptions
@@ -37,7 +38,14 @@ SELECTION = "selection.json"
 
 
 def part_callbacks(
-    planned: TrainPlan, network: Any, *, workdir: Path, metrics: Path, states: Path, held_out: Sequence[Any]
+    planned: TrainPlan,
+    network: Any,
+    *,
+    workdir: Path,
+    metrics: Path,
+    states: Path,
+    held_out: Sequence[Any],
+    progress: Progress,
 ) -> list[TrainerCallback]:
     """The callbacks of the parts that are switched on.
 
@@ -48,6 +56,7 @@ def part_callbacks(
         metrics: The run's metrics; the history of AlphaDecay lies beside them.
         states: Where kept states go.
         held_out: Batches to measure losses on; none where the training data is taken.
+        progress: Told about the steps of a preheat.
     """
     config, found = planned.config, []
     masked = None
@@ -58,7 +67,7 @@ def part_callbacks(
     if config.adapter is not None:
         # First: what others look at are the parameters that are trained.
         masking = masked.mask if masked else None
-        merge = attach(planned, network, workdir=workdir, metrics=metrics, masking=masking)
+        merge = attach(planned, network, workdir=workdir, metrics=metrics, masking=masking, progress=progress)
     if isinstance(config.clip, AdaGCOptions):
         found.append(config.clip.callback())
     if (decay := decay_options(config)) is not None:

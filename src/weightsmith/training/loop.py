@@ -193,7 +193,13 @@ def _train(
     # The layers are whole again before losses of averages are measured; the reporter tells what others log.
     callbacks: list[Any] = [LayerDrop(network, config.layer_drop, planned.seed)] if config.layer_drop else []
     callbacks += assembly.part_callbacks(
-        planned, network, workdir=workdir, metrics=metrics, states=states, held_out=held_out
+        planned,
+        network,
+        workdir=workdir,
+        metrics=metrics,
+        states=states,
+        held_out=held_out,
+        progress=progress,
     )
     callbacks.append(reporter)
     trainer = DurableTrainer(

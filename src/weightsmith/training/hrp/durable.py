@@ -23,7 +23,7 @@ from weightsmith.checkpoints.folder import ADAPTER_CONFIG
 from weightsmith.errors import InputError, require
 from weightsmith.evaluation.models import load_tokenizer
 from weightsmith.runs.atomic import read_json, sync_folder, system_faults, write_json
-from weightsmith.runs.progress import SILENT
+from weightsmith.runs.progress import Progress
 from weightsmith.runs.seeds import derive
 from weightsmith.training.data import collate, mixture
 from weightsmith.training.hrp.initialize import initialize_lora_hrp_weights
@@ -38,7 +38,13 @@ Masking = Callable[[dict[str, Any], int], dict[str, Any]]
 
 
 def attach(
-    planned: TrainPlan, network: Any, *, workdir: Path, metrics: Path, masking: Masking | None
+    planned: TrainPlan,
+    network: Any,
+    *,
+    workdir: Path,
+    metrics: Path,
+    masking: Masking | None,
+    progress: Progress,
 ) -> TrainerCallback:
     """Put the adapter of a run into its model and start it.
 
@@ -48,6 +54,7 @@ def attach(
         workdir: Where directions are kept until the run is done.
         metrics: The run's metrics.
         masking: What masks a batch by its number, where the objective does.
+        progress: Told about the steps of a preheat.
 
     Returns:
         What makes the model whole again when training ends.
@@ -74,7 +81,7 @@ def attach(
                 seed=derive(planned.seed, "hrp"),
             )
             report = initialize_lora_hrp_weights(
-                model, train_step=batches.train_step, options=found, cache_file=cache, progress=SILENT
+                model, train_step=batches.train_step, options=found, cache_file=cache, progress=progress
             )
             report.save(folder.parent)
         elif options.init == "eva":

@@ -1,7 +1,9 @@
 """Tiny random families, and tasks whose answers are known without a model."""
 
+import contextlib
 import copy
 
+import pytest
 import torch
 from transformers import (
     Gemma3ForCausalLM,
@@ -12,7 +14,30 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from weightsmith.compression.tailoring.book import Book
+
 TOKENS = 32
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+@contextlib.contextmanager
+def killed_after(trials):
+    """A search inside ends as if killed, before the trial after so many is written down."""
+    finish, done = Book.finish, []
+
+    def until(book, number, outcome):
+        if len(done) == trials:
+            raise Killed
+        finish(book, number, outcome)
+        done.append(number)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Book, "finish", until)
+        with pytest.raises(Killed):
+            yield
 
 
 def llama(depth=4, seed=0, tied=False, **changes):

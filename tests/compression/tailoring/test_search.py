@@ -8,7 +8,6 @@ import torch
 
 from weightsmith.compression import TailorSearch
 from weightsmith.compression.tailoring import search as module
-from weightsmith.compression.tailoring.book import Book
 from weightsmith.compression.tailoring.pool import LayerPool
 from weightsmith.compression.tailoring.scoring import FunctionTask, NonFiniteError
 from weightsmith.compression.tailoring.space import Space
@@ -16,7 +15,7 @@ from weightsmith.compression.tailoring.trials import read_trials
 from weightsmith.errors import InputError, MissingExtraError
 from weightsmith.runs.atomic import read_lines
 
-from .made import Likelihood, family, llama
+from .made import Likelihood, family, killed_after, llama
 
 SMALL = {"min_budget": 2, "max_budget": 12, "n_trials": 40, "sparsity": 0.25}
 BACKENDS = ["evolution", "random", "optuna"]
@@ -72,32 +71,16 @@ def test_the_same_seed_asks_the_same_and_another_seed_something_else(small, opti
     assert len(run(0)) == 40
 
 
-class Killed(Exception):
-    """Stands for a kill."""
-
-
 @pytest.mark.parametrize("optimizer", BACKENDS)
-def test_a_search_killed_at_any_trial_goes_on_as_if_it_had_not_been(small, optimizer, tmp_path, monkeypatch):
+def test_a_search_killed_at_any_trial_goes_on_as_if_it_had_not_been(small, optimizer, tmp_path):
     base, candidates = small
     options = dict(tasks=[Likelihood("one"), Likelihood("two", seed=8)], optimizer=optimizer, **SMALL)
     whole = TailorSearch(base, candidates, work=tmp_path / "whole", **options)
     expected = whole.run()
     for at in (1, 13, 31):
         work = tmp_path / f"killed-{at}"
-        finish = Book.finish
-
-        done = []
-
-        def until(book, number, outcome, at=at, finish=finish, done=done):
-            if len(done) == at:
-                raise Killed
-            finish(book, number, outcome)
-            done.append(number)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(Book, "finish", until)
-            with pytest.raises(Killed):
-                TailorSearch(base, candidates, work=work, **options).run()
+        with killed_after(at):
+            TailorSearch(base, candidates, work=work, **options).run()
         assert len(read_lines(work / "trials.jsonl")) == 1 + at
         again = TailorSearch(base, candidates, work=work, **options)
         assert again.run() == expected

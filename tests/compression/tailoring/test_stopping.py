@@ -9,14 +9,13 @@ import torch
 
 from weightsmith.compression import TailorSearch
 from weightsmith.compression.tailoring import search as module
-from weightsmith.compression.tailoring.book import Book
 from weightsmith.compression.tailoring.pool import LayerPool
 from weightsmith.compression.tailoring.scoring import FunctionTask, example_order
 from weightsmith.compression.tailoring.stopping import Cut, rounds
 from weightsmith.compression.tailoring.trials import read_trials
 from weightsmith.runs.atomic import read_lines
 
-from .made import family
+from .made import family, killed_after
 
 SIZE = 144
 OPTIONS = {"min_budget": 48, "max_budget": SIZE, "n_trials": 60, "sparsity": 0.25}
@@ -114,29 +113,15 @@ def test_the_log_says_what_the_search_used(models, tmp_path):
             assert len(used) == line["budget"] or line["status"] == "stopped"
 
 
-class Killed(Exception):
-    """Stands for a kill."""
-
-
 @pytest.mark.parametrize("optimizer", ["evolution", "optuna"])
-def test_a_killed_search_gives_up_the_same_trials(models, optimizer, tmp_path, monkeypatch):
+def test_a_killed_search_gives_up_the_same_trials(models, optimizer, tmp_path):
     base, candidates = models
     options = OPTIONS | {"optimizer": optimizer}
     whole = TailorSearch(base, candidates, tasks=graded(0, 3), **options)
     plan = whole.run()
     for at in (5, 24, 47):
-        finish, done = Book.finish, []
-
-        def until(book, number, outcome, at=at, finish=finish, done=done):
-            if len(done) == at:
-                raise Killed
-            finish(book, number, outcome)
-            done.append(number)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(Book, "finish", until)
-            with pytest.raises(Killed):
-                TailorSearch(base, candidates, tasks=graded(0, 3), work=tmp_path / str(at), **options).run()
+        with killed_after(at):
+            TailorSearch(base, candidates, tasks=graded(0, 3), work=tmp_path / str(at), **options).run()
         again = TailorSearch(base, candidates, tasks=graded(0, 3), work=tmp_path / str(at), **options)
         assert again.run() == plan
         assert facts(again) == facts(whole)

@@ -133,7 +133,7 @@ def main() -> None:
             # Written after each: an hour of rounds should not be lost to the last one.
             results = [found[key] for key in itertools.product(SIZES, JOBS) if key in found]
             options.out.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
-            options.out.with_suffix(".md").write_text(table(results))
+            options.out.with_suffix(".md").write_text(f"{table(results)}\n{agreements(results)}")
     print(table(results))
 
 
@@ -235,6 +235,22 @@ def table(results: list[dict[str, Any]]) -> str:
             f"| {memory['weightsmith']} | {memory['mergekit']} | {result['memory_ratio']:.0f}x "
             f"| {result['merge_over_copy']:.2f} | {result['prediction']['seconds_ratio']:.2f} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def agreements(results: list[dict[str, Any]]) -> str:
+    """What the two outputs had in common, as Markdown."""
+    lines = ["| size | method | what must agree | found, in the worst tensor |", "|---|---|---|---|"]
+    for result in results:
+        found = result["agreement"]
+        if "worst magnitude" in found:
+            magnitude, changed = found["worst magnitude"], found["worst changed"]
+            says = f"mean magnitude {100 * magnitude:.1f} % apart, share of changed entries {changed:.4f}"
+        elif "worst differing" in found:
+            says = f"{1000 * found['worst differing']:.3g} of 1,000 entries differ"
+        else:
+            says = f"the shapes of {found['tensors']} tensors"
+        lines.append(f"| {result['size']} | `{result['method']}` | {found['tolerance']} | {says} |")
     return "\n".join(lines) + "\n"
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from weightsmith.errors import InputError
 from weightsmith.merging import memory, merge_tensors
-from weightsmith.merging.dropout import keep_flags, keep_flags_each, keys
+from weightsmith.merging.dropout import keep_flags_each, keep_flags_ranked, keys
 from weightsmith.merging.methods.della_linear import by_rank
 from weightsmith.merging.parameter import Scratch
 
@@ -125,10 +125,40 @@ def test_probabilities_outside_0_and_1_are_refused_with_what_is_legal(options, m
         merge_tensors(BASE, MODELS, "della", **options)
 
 
-def test_a_probability_for_each_place_in_a_row_decides_as_the_same_density_does():
+def test_places_of_a_row_are_kept_as_often_as_their_probabilities_say_wherever_rows_are_cut():
     key = keys(1, "w", 1)[0]
-    densities = np.float64([0.5, 0.3, 2**-20, 1 - 2**-30])
-    each = keep_flags_each(key, 13, densities, np.empty((50_000, 4), np.bool_))
-    for place, density in enumerate(densities):
-        alone = keep_flags(key, 13, density, np.empty(200_000, np.bool_))
-        np.testing.assert_array_equal(each[:, place], alone[place::4])
+    chances = np.float64([0.5, 0.3, 2**-10, 1 - 2**-10, 0.8])
+    whole = keep_flags_each(key, 0, chances, np.empty((40_000, 5), np.bool_))
+    error = np.sqrt(chances * (1 - chances) / len(whole))
+    assert (np.abs(whole.mean(axis=0) - chances) < 4.5 * error + 2**-17).all()
+    assert abs(np.corrcoef(whole[:, 0], whole[:, 1])[0, 1]) < 4.5 / len(whole) ** 0.5
+    cuts = [keep_flags_each(key, 5 * at, chances, np.empty((20_000, 5), np.bool_)) for at in (0, 20_000)]
+    np.testing.assert_array_equal(np.concatenate(cuts), whole)
+
+
+@pytest.mark.parametrize("row", [2, 7, 64])
+@pytest.mark.parametrize("coarse", [False, True])
+def test_larger_entries_of_a_row_are_kept_as_their_ranks_say_without_ranking(row, coarse):
+    values = 3 * normal(row, row)
+    values = np.round(values) if coarse else values
+    sizes = np.abs(values)
+    # Mean ranks, of equals too.
+    ranks = (sizes < sizes[:, None]).sum(axis=1) + ((sizes == sizes[:, None]).sum(axis=1) - 1) / 2
+    wanted = 0.4 - 0.25 + 0.5 * ranks / (row - 1)
+    rows, key = 60_000, keys(1, "w", 1)[0]
+    kept = keep_flags_ranked(key, 0, np.tile(values, rows), row, 0.4, 0.25, np.empty(rows * row, np.bool_))
+    kept = kept.reshape(rows, row)
+    error = np.sqrt(wanted * (1 - wanted) / rows)
+    assert (np.abs(kept.mean(axis=0) - wanted) < 4.5 * error).all()
+    assert abs(np.corrcoef(kept[:, 0], kept[:, 1])[0, 1]) < 4.5 / rows**0.5
+
+
+def test_ranked_draws_do_not_depend_on_how_rows_are_cut():
+    values, key = normal(9, 40, 31), keys(1, "w", 1)[0]
+    whole = keep_flags_ranked(key, 0, values.reshape(-1), 31, 0.5, 0.2, np.empty(values.size, np.bool_))
+    for at in (1, 17):
+        cuts = [
+            keep_flags_ranked(key, 31 * start, part.reshape(-1), 31, 0.5, 0.2, np.empty(part.size, np.bool_))
+            for start, part in ((0, values[:at]), (at, values[at:]))
+        ]
+        np.testing.assert_array_equal(np.concatenate(cuts), whole)

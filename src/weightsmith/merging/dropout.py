@@ -57,7 +57,7 @@ def keep_flags(key: int, start: int, density: float, out: np.ndarray) -> np.ndar
     if high == 2**8:
         out[:] = True
         return out
-    drawn = _drawn_bytes(key, start, out.size)
+    drawn = _drawn(key, start, out.size, np.uint8)
     if low:
         undecided = np.flatnonzero(np.equal(drawn, np.uint8(high), out=out))
         np.less(drawn, np.uint8(high), out=out)
@@ -68,32 +68,63 @@ def keep_flags(key: int, start: int, density: float, out: np.ndarray) -> np.ndar
 
 
 def keep_flags_each(key: int, start: int, probabilities: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """As `keep_flags`, with a probability for each place in a row, the same ones in every row.
+    """Which entries of whole rows are kept, with a probability for each place in a row.
+
+    Two bytes of the stream decide, so probabilities hold to 2**-16.
 
     Args:
         key: From `keys`.
         start: Index of the first entry, which begins a row.
-        probabilities: fp64 (row,), each above 0 and below 1; they hold to 2**-32.
+        probabilities: fp64 (row,), each above 0 and below 1.
         out: bool (rows, row); set.
     """
-    bounds = np.minimum(np.rint(probabilities * 2**32), 2**32 - 1).astype(np.uint32)
-    high = (bounds >> np.uint32(24)).astype(np.uint8)
-    drawn = _drawn_bytes(key, start, out.size).reshape(out.shape)
-    flat = out.reshape(-1)
-    np.equal(drawn, high, out=out)
-    undecided = np.flatnonzero(flat)
-    np.less(drawn, high, out=out)
-    low = bounds & np.uint32(2**24 - 1)
-    flat[undecided] = _hash24(key, start + undecided) < low[undecided % len(low)]
+    bounds = np.minimum(np.rint(probabilities * 2**16), 2**16 - 1).astype(np.uint16)
+    return np.less(_drawn(key, start, out.size, np.uint16).reshape(out.shape), bounds, out=out)
+
+
+def keep_flags_ranked(
+    key: int, start: int, values: np.ndarray, row: int, density: float, epsilon: float, out: np.ndarray
+) -> np.ndarray:
+    """Which entries of whole rows are kept: the larger in their row, the likelier, and nothing is ranked.
+
+    An entry's rank, as a share of the other entries of its row, is the probability that one of those drawn at
+    random is smaller. So `density` - `epsilon` of all are kept by lot, and of the next 2 `epsilon` those that
+    are larger than one other; of equals, every second. The probability is density - epsilon + 2 epsilon
+    rank / (row - 1), to 2**-32; equals have their mean rank.
+
+    Args:
+        key: From `keys`.
+        start: Index of the first entry, which begins a row.
+        values: fp32 (n,), whole rows; their signs don't count.
+        row: Entries of a row, at least 2.
+        density: The mean probability.
+        epsilon: Half of its range, above 0; density - epsilon and density + epsilon lie inside (0, 1).
+        out: bool (n,); set.
+    """
+    least, width = (np.uint32(round(share * 2**32)) for share in (density - epsilon, 2 * epsilon))
+    drawn = _drawn(key, start, out.size, np.uint32)
+    np.less(drawn, least, out=out)
+    drawn = drawn - least
+    at = np.flatnonzero(drawn < width)
+    drawn = drawn[at]
+    first = at // row
+    first *= row
+    other = (drawn * ((row - 1) / float(width))).astype(np.int64)
+    other += other >= at - first  # not itself
+    other += first
+    mine, its = np.abs(values[at]), np.abs(values[other])
+    out[at] = (mine > its) | ((mine == its) & (drawn & np.uint32(1)).astype(np.bool_))
     return out
 
 
-def _drawn_bytes(key: int, start: int, count: int) -> np.ndarray:
-    """Bytes start .. start + count of the generator's stream, uint8."""
-    step, skipped = divmod(start, _BYTES)
-    steps = -(-(skipped + count) // _BYTES)
+def _drawn(key: int, start: int, count: int, kind: type[np.unsignedinteger]) -> np.ndarray:
+    """Numbers start .. start + count of the generator's stream, read as integers of `kind`."""
+    word = np.dtype(kind).newbyteorder("<")
+    each = _BYTES // word.itemsize
+    step, skipped = divmod(start, each)
+    steps = -(-(skipped + count) // each)
     words = _streams.at(key, step, steps).random_raw(steps)
-    return words.astype("<u8", copy=False).view(np.uint8)[skipped : skipped + count]
+    return words.astype("<u8", copy=False).view(word)[skipped : skipped + count]
 
 
 def _hash24(key: int, positions: np.ndarray) -> np.ndarray:

@@ -6,8 +6,7 @@ Rule     tau_t as in `della_linear`;  gamma = sgn(sum_t w_t tau_t)
 Source   Deep et al., arXiv:2406.11617, with the election of Yadav et al., arXiv:2306.01708. The name is
          mergekit's, whose page form restores L1 norms (`rescale: l1`) and calls cancelled entries positive
          (`zero_sign`).
-Cost     One pass, most of it one sort of each row of each model; `rescale: l1` and `zero_sign: majority` need
-         one more each.
+Cost     As `della_linear`; `zero_sign: majority` needs one pass more.
 """
 
 from __future__ import annotations

@@ -6,11 +6,12 @@ Rule     Per row of a tensor (a vector is one row) the magnitudes |theta_t - the
          tau_i = mask_i (theta_t - theta_0)_i / p_i
          theta = theta_0 + lambda * sum_t w_t tau_t     (`normalize`: divided by sum_t w_t)
 Source   Deep et al., arXiv:2406.11617 (MagPrune). mergekit restores each tensor's L1 norm instead of dividing
-         by p_i: `rescale: l1`. Density 1 keeps everything, as there. Decided here: among equal magnitudes the
-         higher index ranks higher, and those count as equal that agree in exponent and nine binary digits; a
-         row is the last axis (mergekit ranks along the second, which differs in stacks of matrices only);
-         the draw is made for each rank of a row by DARE's generator, and epsilon 0 is DARE.
-Cost     One pass, most of it one sort of each row of each model; `rescale: l1` needs one more.
+         by p_i: `rescale: l1`. Density 1 keeps everything, as there. Decided here: a row is the last axis
+         (mergekit ranks along the second, which differs in stacks of matrices only); epsilon 0 is DARE, bit
+         for bit; equal magnitudes have their mean rank (`l1`), or the higher index ranks higher, those being
+         equal that agree in exponent and nine binary digits (`paper`).
+Cost     `paper`: one pass, most of it one sort of each row of each model. `l1`: two passes without a sort:
+         who is kept takes no ranks, only what their probabilities are does.
 Memory   Vectors are ranked whole: 4 bytes an element and model while one is in work.
 """
 
@@ -18,11 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from weightsmith.merging.dropout import keep_flags, keep_flags_each, keys
+from weightsmith.merging.dropout import keep_flags, keep_flags_each, keep_flags_ranked, keys
 from weightsmith.merging.methods.dare_linear import Rescale
 from weightsmith.merging.options import OptionError, check_range
 from weightsmith.merging.parameter import Parameter, PerModel, Scratch, Tile
@@ -117,18 +117,17 @@ class DellaLinear(AddedChanges):
             return
         flags = scratch.get("flags", out.size, np.bool_)
         if epsilon == 0 or row == 1:
-            np.multiply(keep_flags(key, start, density, flags), np.float32(self._makes_up(density)), out=out)
-            return
-        # Drawn in the order of ranks, where probabilities are a ladder, and then put where the entries are.
-        chances = np.linspace(density - epsilon, density + epsilon, row)
-        rows = keep_flags_each(key, start, chances, flags.reshape(-1, row))
-        factors = scratch.get("factors", out.size)
-        np.multiply(rows, np.float32(self._makes_up(chances)), out=factors.reshape(-1, row))
-        out[by_rank(delta, row, scratch)] = factors
-
-    def _makes_up(self, chance: Any) -> Any:
-        """What an entry is multiplied by that was kept by this chance."""
-        return 1 / chance if self.rescale == "paper" else 1
+            makes_up = np.float32(1 / density if self.rescale == "paper" else 1)
+            np.multiply(keep_flags(key, start, density, flags), makes_up, out=out)
+        elif self.rescale == "l1":
+            np.copyto(out, keep_flags_ranked(key, start, delta, row, density, epsilon, flags))
+        else:
+            # Drawn in the order of ranks, where probabilities are a ladder, then put where the entries are.
+            chances = np.linspace(density - epsilon, density + epsilon, row)
+            rows = keep_flags_each(key, start, chances, flags.reshape(-1, row))
+            factors = scratch.get("factors", out.size)
+            np.multiply(rows, (1 / chances).astype(np.float32), out=factors.reshape(-1, row))
+            out[by_rank(delta, row, scratch)] = factors
 
 
 def by_rank(values: np.ndarray, row: int, scratch: Scratch) -> np.ndarray:

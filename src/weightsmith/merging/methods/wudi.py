@@ -58,14 +58,16 @@ class Wudi(MatrixChanges):
 
     def change(self, deltas: Tensor, stats: Any, name: str) -> Change:
         """The merged change of one matrix from `deltas` (T, M, N), which may be overwritten."""
+        import torch
+
         tasks = len(deltas)
         for delta, strength in zip(deltas, each_model(self.alpha, tasks), strict=True):
             delta.mul_(strength)
-        sizes = [float(delta.double().square().sum()) for delta in deltas]
+        sizes = [float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2 for delta in deltas]
         active = [task for task in range(tasks) if sizes[task] > 0]
         if not active:
             return Change(None, [0] * tasks, [1.0] * tasks)
-        changed = deltas[active]
+        changed = [deltas[task] for task in active]  # views: an index would copy them
         values = wudi(changed, [sizes[t] for t in active], solver=self.solver, steps=self.steps, lr=self.lr)
         q = min(deltas.shape[-2:])
         return Change(values, [q * (task in active) for task in range(tasks)], [1.0] * tasks)
@@ -73,7 +75,7 @@ class Wudi(MatrixChanges):
     def whole_bytes(self, shape: Sequence[int], num_models: int) -> int:
         """Peak memory of `merge_whole` on a parameter of this shape, its models included, its base not."""
         rows, columns = shape[-2:]
-        extra = 4 * (num_models * rows * columns + 5 * rows * columns + 3 * columns * columns)
+        extra = 4 * (5 * rows * columns + 3 * columns * columns)
         return super().whole_bytes(shape, num_models) + extra
 
     def whole_flops(self, shape: Sequence[int], num_models: int) -> float:
@@ -85,7 +87,7 @@ class Wudi(MatrixChanges):
 
 
 def wudi(
-    deltas: Tensor,
+    deltas: Sequence[Tensor] | Tensor,
     sizes: Sequence[float],
     *,
     solver: Literal["adam", "exact"] = "adam",
@@ -95,7 +97,7 @@ def wudi(
     """The merged change of T tasks.
 
     Args:
-        deltas: fp32 or fp64 (T, M, N), none of them zero. Left untouched.
+        deltas: T of fp32 or fp64 (M, N), none of them zero. Left untouched.
         sizes: Sum of squares of each.
         solver: See `Wudi`.
         steps: See `Wudi`.
@@ -106,8 +108,8 @@ def wudi(
     """
     import torch
 
-    inputs = deltas.shape[-1]
-    a_NN = deltas.new_zeros(inputs, inputs)
+    inputs = deltas[0].shape[-1]
+    a_NN = deltas[0].new_zeros(inputs, inputs)
     b_MN = torch.zeros_like(deltas[0])
     for delta, size in zip(deltas, sizes, strict=True):
         share = (delta.mT @ delta).div_(size)
@@ -117,8 +119,10 @@ def wudi(
         squares, turn = torch.linalg.eigh(a_NN.double())
         kept = squares > _DROP * squares[-1]
         inverse = (turn * (torch.where(kept, squares, 1.0).reciprocal() * kept)) @ turn.mT
-        return (b_MN.double() @ inverse).to(deltas.dtype)
-    merged = deltas.sum(dim=0)
+        return (b_MN.double() @ inverse).to(b_MN.dtype)
+    merged = deltas[0].clone()
+    for delta in deltas[1:]:
+        merged += delta
     mean, square = torch.zeros_like(merged), torch.zeros_like(merged)
     for step in range(1, steps + 1):
         gradient = (merged @ a_NN).sub_(b_MN).mul_(2)

@@ -11,8 +11,9 @@ length that no row divides, so that making them costs what writing does and matr
 method then merges them as a whole command. Three numbers are kept: `ru_maxrss` of the command itself,
 what the command reports with its worker processes, and the largest sum of proportional set sizes of all its
 processes that a look every tenth of a second found. The limit holds for the largest of them: 0.3 GB for
-methods on tiles, 3 GB for those on whole matrices. Times are told, not judged. Methods that need statistics
-are left out: those alone would take 25 GB of disk. Outputs are deleted after each method, inputs in the end.
+methods on tiles, 3 GB for those on whole matrices. Nothing is timed, so other programs may run beside it.
+Methods that need statistics are left out: those alone would take 25 GB of disk. Outputs are deleted after
+each method, inputs in the end.
 
 The process that measures imports nothing but the standard library: a child's `ru_maxrss` starts at its
 parent's.
@@ -27,7 +28,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,6 @@ def measured(method: str, facts: dict[str, Any], inputs: Path) -> dict[str, Any]
     file, out = inputs / "page.yml", inputs / "out"
     file.write_text(json.dumps(page))  # JSON is YAML
     shutil.rmtree(out, ignore_errors=True)
-    begun = time.perf_counter()
     code = "from weightsmith.cli.main import main; main()"
     command = [str(PYTHON), "-c", code, "merge", str(file), str(out), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
@@ -123,7 +122,6 @@ def measured(method: str, facts: dict[str, Any], inputs: Path) -> dict[str, Any]
         "method": method,
         "matrices": facts["spectral"],
         "models": len(models),
-        "seconds": time.perf_counter() - begun,
         "memory_bytes": found,
         "limit": LIMITS[facts["spectral"]],
         "within": max(found.values()) <= LIMITS[facts["spectral"]],
@@ -148,24 +146,21 @@ def watch(pid: int, seen: list[int], over: threading.Event) -> None:
 def table(results: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
     lines = [
-        "| size | method | works on | `ru_maxrss` | with workers | sum of PSS | limit | within | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| size | method | works on | `ru_maxrss` | with workers | sum of PSS | limit | within |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         sizes = [f"{size / 1e6:.0f} MB" for size in [*result["memory_bytes"].values(), result["limit"]]]
         kind = "matrices" if result["matrices"] else "tiles"
         within = "yes" if result["within"] else "**no**"
-        lines.append(
-            f"| {result['size']} | `{result['method']}` | {kind} | {' | '.join(sizes)} "
-            f"| {within} | {result['seconds']:.0f} |"
-        )
+        lines.append(f"| {result['size']} | `{result['method']}` | {kind} | {' | '.join(sizes)} | {within} |")
     return "\n".join(lines) + "\n"
 
 
 def line(result: dict[str, Any]) -> str:
     """One result for the eye."""
     largest, limit = max(result["memory_bytes"].values()) / 1e6, result["limit"] / 1e6
-    return f"{result['method']}: {largest:.0f} MB of {limit:.0f}, {result['seconds']:.0f} s"
+    return f"{result['method']}: {largest:.0f} MB of {limit:.0f}"
 
 
 def machine() -> dict[str, Any]:

@@ -314,6 +314,7 @@ METHODS: tuple[MethodCard, ...] = (
         "2502.07490",
         "meap.collator:DataCollatorForMEAP",
         "Hide a part of what a causal model reads, so that it learns to find things in its context.",
+        verdict="weaker claim",
     ),
     _training(
         "hrp",

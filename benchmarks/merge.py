@@ -102,8 +102,9 @@ JOBS = {
 AGREEMENT = {
     "places": "equal, but for the last bfloat16 place (or what float32 rounds) in at most 1 of 1,000 "
     "entries: sums are rounded in another order",
-    "angles": "as `places`; in tensors of more than 16 M entries within the last place, but for 1 of 1,000: "
-    "mergekit sums their lengths in float32, which falls 0.2 % short for 33 M, and turns by another angle",
+    "angles": "equal, but for the last bfloat16 place in at most 1 of 1,000 entries; in tensors of more than "
+    "16 M entries within the last place, but for 1 of 1,000: mergekit sums their lengths in float32, which "
+    "falls 0.2 % short for 33 M, and turns by another angle",
     "selection": "equal to the last bfloat16 place, outside entries at the threshold that one keeps and the "
     "other doesn't (mergekit's unstable sort keeps any of equal magnitude): at most 1 of 20",
     "shapes": "shapes alone: of rows as near as these mergekit's divergence is what float32 rounds, so each "

@@ -153,6 +153,14 @@ def test_larger_entries_of_a_row_are_kept_as_their_ranks_say_without_ranking(row
     assert abs(np.corrcoef(kept[:, 0], kept[:, 1])[0, 1]) < 4.5 / rows**0.5
 
 
+@pytest.mark.parametrize(("density", "epsilon"), [(0.3, 1e-12), (0.5, 0.5 - 1e-12), (1e-11, 5e-12)])
+def test_ranked_draws_take_every_range_of_probabilities_there_is(density, epsilon):
+    values, key = normal(9, 500, 40), keys(1, "w", 1)[0]
+    out = np.empty(values.size, np.bool_)
+    kept = keep_flags_ranked(key, 0, values.reshape(-1), 40, density, epsilon, out)
+    assert kept.mean() == pytest.approx(density, abs=4 * (density / values.size) ** 0.5)
+
+
 def test_ranked_draws_do_not_depend_on_how_rows_are_cut():
     values, key = normal(9, 40, 31), keys(1, "w", 1)[0]
     whole = keep_flags_ranked(key, 0, values.reshape(-1), 31, 0.5, 0.2, np.empty(values.size, np.bool_))

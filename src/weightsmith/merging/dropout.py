@@ -3,7 +3,8 @@
 Entry i of model t in a tensor is kept when byte i of a generator's stream, with bits of a hash of i behind
 it, is below the density. The generator (PCG64 DXSM, which can jump to any place of its stream) and the hash
 are keyed by seed, tensor name and t. A byte decides all but one entry in 256, and all of them where the
-density is a multiple of 1/256; the hash meets any other density to 2**-32.
+density is a multiple of 1/256; the hash meets any other density to 2**-32. Where chances differ from entry to
+entry, two or four bytes of the same stream decide.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def keep_flags_ranked(
         epsilon: Half of its range, above 0; density - epsilon and density + epsilon lie inside (0, 1).
         out: bool (n,); set.
     """
-    least, width = (np.uint32(round(share * 2**32)) for share in (density - epsilon, 2 * epsilon))
+    shares = (density - epsilon, 2 * epsilon)
+    least, width = (np.uint32(min(round(share * 2**32), 2**32 - 1)) for share in shares)
     drawn = _drawn(key, start, out.size, np.uint32)
     np.less(drawn, least, out=out)
     drawn = drawn - least
@@ -109,7 +111,7 @@ def keep_flags_ranked(
     drawn = drawn[at]
     first = at // row
     first *= row
-    other = (drawn * ((row - 1) / float(width))).astype(np.int64)
+    other = (drawn / float(width) * (row - 1)).astype(np.int64)
     other += other >= at - first  # not itself
     other += first
     mine, its = np.abs(values[at]), np.abs(values[other])

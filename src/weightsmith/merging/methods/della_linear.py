@@ -12,7 +12,7 @@ Source   Deep et al., arXiv:2406.11617 (MagPrune). mergekit restores each tensor
          equal that agree in exponent and nine binary digits (`paper`).
 Cost     `paper`: one pass, most of it one sort of each row of each model. `l1`: two passes without a sort:
          who is kept takes no ranks, only what their probabilities are does.
-Memory   Vectors are ranked whole: 4 bytes an element and model while one is in work.
+Memory   Vectors are masked whole: 4 bytes an element and model while one is in work.
 """
 
 from __future__ import annotations

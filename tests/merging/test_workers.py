@@ -1,5 +1,6 @@
 """Forked workers: results in order, one error for all, and nobody left behind."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -102,12 +103,16 @@ def test_workers_die_with_their_parent(tmp_path):
     wait_until(lambda: not any(alive(int(pid)) for pid in os.listdir(tmp_path)))
 
 
-def test_memory_of_workers_counts_as_that_of_their_parent():
+def test_memory_of_workers_counts_as_that_of_their_parent_whose_garbage_stays():
     def work(parameter, tell):
+        gc.collect()
         held = np.ones(100 << 20, np.uint8)
         time.sleep(0.05)
         return int(held[0])
 
+    garbage = [np.ones(150 << 20, np.uint8)]
+    garbage.append(garbage)
+    del garbage  # until it is collected
     reset_peak()
     before = peak_rss_bytes()
     each(Processes(2, 1), work, parameters(1, 1))

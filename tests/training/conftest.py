@@ -64,36 +64,37 @@ def gpt2(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_ranks(tmp_path_factory):
-    """`run_ranks("alphadecay.py", world=2)` -> what each rank saved: `ranks/<script>` gets the folder to save
-    to."""
+    """`run_ranks("alphadecay.py")` -> what each of two processes of `ranks/alphadecay.py` found."""
 
-    def run(script, *arguments, world=2):
+    def run(script, world=2):
         import torch
 
         out = tmp_path_factory.mktemp(Path(script).stem)
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "WORLD_SIZE": str(world),
-            "RENDEZVOUS": str(out / "rendezvous"),
-        }
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(RANKS / script), str(out), *map(str, arguments)],
-                env={**environment, "RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world)
-        ]
+        # Files: of two pipes the one that is not read yet could fill up.
+        logs = [out / f"rank{rank}.log" for rank in range(world)]
+        processes = []
+        for rank, log in enumerate(logs):
+            ranks = {"RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+            with log.open("w") as output:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, str(RANKS / script), str(out)],
+                        env={**os.environ, **ranks},
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
         try:
-            outputs = [process.communicate(timeout=240)[0] for process in processes]
+            for process in processes:
+                process.wait(timeout=240)
+        except subprocess.TimeoutExpired:
+            pass
         finally:
             for process in processes:
                 process.kill()
-        for process, output in zip(processes, outputs, strict=True):
-            assert process.returncode == 0, output[-4000:]
+        statuses = [process.wait() for process in processes]
+        said = "\n".join(log.read_text(errors="replace")[-4000:] for log in logs)
+        assert statuses == [0] * world, f"{statuses}\n{said}"
         return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
     return run

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import pickle
 import signal
@@ -170,6 +171,9 @@ def _be_worker(
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             return
+        # Garbage of the parent is its own to collect: freed here, it would be memory this process seems never
+        # to have taken, and looking through it would copy its pages.
+        gc.freeze()
         reset_peak()  # what earlier workers held is this process's parent's to count
         scratch, before = Scratch(), rss_bytes()
         while (number := int.from_bytes(os.read(turn[0], 8), "little")) < items:

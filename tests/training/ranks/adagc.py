@@ -1,12 +1,9 @@
 """AdaGC in one process, replicated (DDP), sharded (FSDP2, HSDP) and on DTensors placed by hand."""
 
-import os
-import sys
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from meeting import meet
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -171,10 +168,7 @@ def saved_and_loaded(folder, rank, world):
     return weights
 
 
-def main(out):
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = f"file://{os.environ['RENDEZVOUS']}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+def measure(rank, world, folder):
     results = {"placed": placed(rank)}
     for inside in (False, True):
         kind = "inside" if inside else "attached"
@@ -192,10 +186,9 @@ def main(out):
     clip.attach(optimizer)
     get_optimizer_state_dict(model, optimizer)
     results["steps after a state dict"] = clip.steps
-    results |= saved_and_loaded(Path(out) / "checkpoint", rank, world)
-    torch.save(results, Path(out) / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    results |= saved_and_loaded(folder / "checkpoint", rank, world)
+    return results
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    meet(measure)

@@ -1,11 +1,8 @@
 """Twenty steps with AlphaDecay: replicated (DDP), sharded (FSDP2), and in one process. See `run_ranks`."""
 
-import os
-import sys
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
+from meeting import meet
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
@@ -91,11 +88,7 @@ def different(rank):
     return ""
 
 
-def main():
-    out, rank, world = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(
-        "gloo", init_method=f"file://{os.environ['RENDEZVOUS']}", rank=rank, world_size=world
-    )
+def measure(rank, world, folder):
     mesh = init_device_mesh("cpu", (world,))
     results = {}
     for mode in ("decoupled", "groups"):
@@ -109,9 +102,8 @@ def main():
             results[f"alone {mode}"] = alone(single, mode)
     results["broken"] = broken(rank)
     results["different"] = different(rank)
-    torch.save(results, out / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
-main()
+if __name__ == "__main__":
+    meet(measure)

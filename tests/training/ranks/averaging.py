@@ -1,11 +1,8 @@
 """Averaging on two ranks: replicated, sharded by FSDP2, and in one process. See `run_ranks`."""
 
-import os
-import sys
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
+from meeting import meet
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
@@ -86,21 +83,17 @@ def run(model, out, kind, rank, world):
     return results
 
 
-def main():
-    out, rank, world = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    meeting = f"file://{os.environ['RENDEZVOUS']}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
-    results = {"ddp": run(net(), out, "ddp", rank, world)}
+def measure(rank, world, folder):
+    results = {"ddp": run(net(), folder, "ddp", rank, world)}
     sharded = net()
     mesh = init_device_mesh("cpu", (world,))
     for layer in (sharded[0], sharded[2], sharded):
         fully_shard(layer, mesh=mesh)
-    results["fsdp"] = run(sharded, out, "fsdp", rank, world)
+    results["fsdp"] = run(sharded, folder, "fsdp", rank, world)
     # Every rank alone with whole batches: what one process computes.
-    results["whole"] = run(net(), out, "whole", 0, 1)
-    torch.save(results, out / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    results["whole"] = run(net(), folder, "whole", 0, 1)
+    return results
 
 
-main()
+if __name__ == "__main__":
+    meet(measure)

@@ -1,11 +1,10 @@
 """HRP in one process and on several that each see a part of every batch. See `run_ranks`."""
 
 import os
-import sys
-from pathlib import Path
+from functools import partial
 
 import torch
-import torch.distributed as dist
+from meeting import meet
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -54,16 +53,8 @@ def directions(rows, branch=False, shard=False, **more):
     return {**found, "losses": torch.tensor(report.losses, dtype=torch.float64)}
 
 
-def main(folder):
-    alone = directions(slice(None))
-    rank = int(os.environ["RANK"])
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{os.environ['RENDEZVOUS']}",
-        rank=rank,
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
-    results = {
+def measure(alone, rank, world, folder):
+    return {
         "alone": alone,
         "parts": directions(slice(4 * rank, 4 * rank + 4)),
         "sharded": directions(slice(4 * rank, 4 * rank + 4), shard=True),
@@ -71,9 +62,7 @@ def main(folder):
         # A branch that one process takes and the other doesn't: both must exchange the same numbers.
         "branches": directions(slice(None), branch=rank == 1),
     }
-    torch.save(results, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    meet(partial(measure, directions(slice(None))))

@@ -1,12 +1,9 @@
 """LightSAM, SAM and ASAM in one process, replicated (DDP) and sharded (FSDP2, HSDP). See `run_ranks`."""
 
 import copy
-import os
-import sys
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from meeting import meet
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -69,10 +66,7 @@ def sharded(**mesh):
     return model
 
 
-def main(out):
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = f"file://{os.environ['RENDEZVOUS']}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+def measure(rank, world, folder):
     grid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     results = {}
     for name, make in MAKERS.items():
@@ -101,9 +95,8 @@ def main(out):
         set_optimizer_state_dict(again, resumed, saved)
         results[f"resumed {name}"] = train(again, resumed, range(10, STEPS), rank, world)
         results[f"undisturbed {name}"] = train(model, optimizer, range(10, STEPS), rank, world)
-    torch.save(results, Path(out) / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    meet(measure)

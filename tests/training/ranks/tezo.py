@@ -1,11 +1,8 @@
 """TeZO, MeZO and LOZO in one process and on several that each see a part of every batch. See `run_ranks`."""
 
-import os
-import sys
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
+from meeting import meet
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -67,10 +64,7 @@ def train(model, optimizer, rank, world, split=(5, 4)):
     return {name.removeprefix("module."): p.detach().clone() for name, p in model.named_parameters()}
 
 
-def main(out):
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = f"file://{os.environ['RENDEZVOUS']}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+def measure(rank, world, folder):
     results, counted = {}, Counted()
     for name, make in MAKERS.items():
         model = Net()
@@ -88,9 +82,8 @@ def main(out):
     except InputError as wrong:
         results["odd"] = str(wrong)
     results["untouched"] = float((model.body.weight - before).detach().abs().max())
-    torch.save(results, Path(out) / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    meet(measure)

@@ -1,12 +1,9 @@
 """TeZO in one process and sharded by FSDP2 over several that see parts of every batch. See `run_ranks`."""
 
 import io
-import os
-import sys
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from meeting import meet
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
@@ -99,10 +96,7 @@ def refusals(mesh):
     return said
 
 
-def main(out):
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = f"file://{os.environ['RENDEZVOUS']}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+def measure(rank, world, folder):
     pieces.BLOCK = 4  # blocks of noise that begin in one process's rows and end in another's
     line, grid = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1), mesh_dim_names=("r", "s"))
     results = {}
@@ -136,9 +130,8 @@ def main(out):
     steps(alone, goes_on, range(5, STEPS))
     results["gone on"] = weights(alone)
     results["refused"] = refusals(line)
-    torch.save(results, Path(out) / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    meet(measure)

@@ -1,11 +1,7 @@
 """A Zero-Token Transformer in one process, replicated (DDP) and sharded (FSDP2). See `run_ranks`."""
 
-import os
-import sys
-from pathlib import Path
-
 import torch
-import torch.distributed as dist
+from meeting import meet
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -78,10 +74,7 @@ def leaving_early(net):
     return {"logits": full(out.logits), "cycles": out.num_cycles_used, "text": text}
 
 
-def main(out):
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = f"file://{os.environ['RENDEZVOUS']}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+def measure(rank, world, folder):
     results = {}
     for kind in KINDS:
         results[f"alone {kind}"] = train(model(kind), kind, 0, 1)
@@ -94,9 +87,8 @@ def main(out):
         results[f"exit alone {policy}"] = leaving_early(model(policy))
         results[f"exit fsdp {policy}"] = leaving_early(sharded(policy, False))
         results[f"exit resharding {policy}"] = leaving_early(sharded(policy, True))
-    torch.save(results, Path(out) / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    meet(measure)

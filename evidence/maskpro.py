@@ -6,10 +6,14 @@ Three problems, all pruned to 2:4, the test split never looked at before the end
     projection   one 128 x 128 projection of the test-bed's base of size s, 4,096 groups, three seeds
     model        all linear layers of that base, some 330,000 groups: reported as it falls, no criterion
 
-Arms: dense, magnitude, Wanda, RIA, SparseGPT (its mask alone, and with its update), MaskPro from magnitude
-and from Wanda, all MaskPro runs with as many steps, at the rate that `lr: auto` gives on the first. Ablations
-on the digits: the residual without tracker, the tracker without residual, the plain loss, the published
-scale of 10, and all of these but the scale on small batches of 16.
+Arms: dense, magnitude, Wanda, RIA, SparseGPT (its mask alone, and with its update), SparseSwaps, MaskPro from
+magnitude, from Wanda and from SparseSwaps, all MaskPro runs with as many steps, at the rate that `lr: auto`
+gives on the first. Ablations on the digits: the residual without tracker, the tracker without residual, the
+plain loss, the published scale of 10, and all of these but the scale on small batches of 16.
+
+What might move masks of 10^5 groups, on the whole model, from Wanda: four masks a step in a quarter of the
+steps; and an error in place of the loss, that of each matrix's outputs on the layer's inputs, or of each of
+its rows, so that a group's noise comes from its own matrix or row alone. The step is MaskPro's in all.
 
 Reproduced if on the digits, in test loss, MaskPro from magnitude makes good at least 40 % of what magnitude
 lost for at least four of five seeds, and its mean is below those of the residual without tracker and of the
@@ -42,10 +46,13 @@ from weightsmith.compression import (
     MaskProPruner,
     RIAOptions,
     SparseGPTOptions,
+    SparseSwapsOptions,
     WandaOptions,
     prune_,
 )
-from weightsmith.compression.nm.targets import find_targets
+from weightsmith.compression.nm import nm_mask, nm_score, sample_nm, wanda_scores
+from weightsmith.compression.nm.calibrate import InputStatistics, calibrate
+from weightsmith.compression.nm.targets import Target, find_targets
 from weightsmith.reports.drawing import Scale, dot, line, number, text, ticks
 from weightsmith.runs.environment import environment
 from weightsmith.testbed import DOMAINS
@@ -61,8 +68,16 @@ ONE_SHOT: dict[str, Any] = {
     "RIA": RIAOptions,
     "SparseGPT, mask only": lambda **more: SparseGPTOptions(update=False, **more),
     "SparseGPT, updated": SparseGPTOptions,
+    "SparseSwaps": SparseSwapsOptions,
 }
-MAIN, FROM_WANDA = "MaskPro from magnitude", "MaskPro from Wanda"
+MAIN = "MaskPro from magnitude"
+STARTS: dict[str, dict[str, Any]] = {
+    MAIN: {},
+    "MaskPro from Wanda": {"init": "wanda"},
+    "MaskPro from SparseSwaps": {"init": "sparseswaps"},
+}
+MANY = 4
+CREDITS = {"error of matrices": False, "error of rows": True}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "residual, no tracker": {"estimator": "residual"},
     "tracker, no residual": {"estimator": "baseline"},
@@ -80,6 +95,7 @@ class Amount:
         steps: Of MaskPro on the digits.
         layer_steps: Of MaskPro on one projection.
         model_steps: Of MaskPro on the whole model.
+        credit_steps: On each matrix, by errors of outputs.
         batch: Rows of text in a batch; there are 16 batches.
         rows: Rows of text of the test split.
         size: Of the bed.
@@ -90,6 +106,7 @@ class Amount:
     steps: int = 6000
     layer_steps: int = 20_000
     model_steps: int = 3000
+    credit_steps: int = 1000
     batch: int = 8
     rows: int = 512
     size: str = "s"
@@ -97,7 +114,15 @@ class Amount:
 
 
 QUICK = Amount(
-    train_steps=60, steps=230, layer_steps=210, model_steps=210, batch=2, rows=8, size="xs", base_steps=2
+    train_steps=60,
+    steps=230,
+    layer_steps=210,
+    model_steps=210,
+    credit_steps=20,
+    batch=2,
+    rows=8,
+    size="xs",
+    base_steps=2,
 )
 
 
@@ -183,6 +208,51 @@ def learnt(
         "skipped": len(report.skipped),
         "losses": [round(value, 5) for value in means(report.losses, 60)],
     }
+
+
+def credited(problem: Problem, rows: bool, steps: int) -> dict[str, Any]:
+    """MaskPro's step on one matrix after another, from Wanda, by the error that a mask causes in its outputs:
+    of all rows together, or of each row for itself.
+    """
+    model = copy.deepcopy(problem.model)
+    changed = groups = 0
+
+    def learn(target: Target, seen: InputStatistics) -> None:
+        nonlocal changed, groups
+        weight, squares = target.parameter.data, seen.squares / seen.rows
+        first = nm_mask(wanda_scores(weight, seen.norms))
+        mask = _learn_by_errors(weight, squares, first, rows, steps)
+        moved = (mask != first).unflatten(1, (-1, 4)).any(-1)
+        changed, groups = changed + int(moved.sum()), groups + moved.numel()
+        weight.mul_(mask)
+
+    calibrate(model, find_targets(model, WandaOptions()), problem.batches, "hessian", learn, run=problem.loss)
+    return {**problem.judge(model), "changed": changed / groups, "groups": groups}
+
+
+def _learn_by_errors(weight: Tensor, squares: Tensor, first: Tensor, rows: bool, steps: int) -> Tensor:
+    """The mask after `steps`, of a matrix (O, I) with second moments of its inputs (I, I)."""
+    config = MaskProConfig(init_scale="auto")
+    scale = config.scale_for(first.numel() // 4 // (len(first) if rows else 1))
+    logits = (first * scale).unflatten(1, (-1, 4))
+
+    def error(mask: Tensor) -> Tensor:
+        gone = weight * ~mask
+        each = ((gone @ squares) * gone).sum(1)
+        return each if rows else each.sum().expand(len(each))
+
+    reference = error(first)
+    tries = [sample_nm(logits, 2, seed=1, step=step).flatten(1) for step in range(50)]
+    measured = torch.stack([error(mask) - reference for mask in tries])
+    rate = 0.1 / measured.std(0).clamp_min(1e-30)
+    tracker = measured.mean(0)
+    for step in range(steps):
+        drawn = sample_nm(logits, 2, step=step)
+        residual = error(drawn.flatten(1)) - reference
+        logits -= (rate * (residual - tracker))[:, None, None] * nm_score(logits, drawn)
+        logits.clamp_(-40, 40)
+        tracker = config.alpha * tracker + (1 - config.alpha) * residual
+    return nm_mask(logits.flatten(1))
 
 
 def rate_of(problem: Problem, **options: Any) -> dict[str, float]:
@@ -275,7 +345,14 @@ def measure(
             for name in ONE_SHOT:
                 arms[name] = unit(f"{place} {name}", lambda p=problem, n=name: one_shot(p, n))
             rate = unit(f"{place} rate", lambda p=problem: rate_of(p))["rate"]
-            plans: dict[str, dict[str, Any]] = {MAIN: {}, FROM_WANDA: {"init": "wanda"}}
+            plans = dict(STARTS)
+            if kind == "model":
+                many = {"samples_per_step": MANY, "steps": problem.steps // MANY}
+                plans[f"MaskPro from Wanda, {MANY} masks a step"] = {"init": "wanda", **many}
+                for name, each in CREDITS.items():
+                    arms[f"MaskPro from Wanda, {name}"] = unit(
+                        f"{place} {name}", lambda p=problem, e=each: credited(p, e, amount.credit_steps)
+                    )
             if kind == "digits":
                 plans |= ABLATIONS | {PUBLISHED_SCALE: {"init_scale": 10.0}}
                 plans |= {

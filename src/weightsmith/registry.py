@@ -394,6 +394,13 @@ METHODS: tuple[MethodCard, ...] = (
         "Prune to N:M column by column; the columns that are left make up for what goes.",
     ),
     _nm(
+        "sparseswaps",
+        "SparseSwaps",
+        "2512.10922",
+        "sparseswaps:sparseswaps_mask",
+        "Prune to N:M: exchange kept and pruned weights of a mask while a layer's output comes closer.",
+    ),
+    _nm(
         "wanda",
         "Wanda",
         "2306.11695",

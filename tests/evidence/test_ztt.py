@@ -37,16 +37,18 @@ def test_the_evidence_runs_and_goes_on_where_it_stopped(script, tmp_path):
 def test_a_symbol_is_followed_as_often_as_the_row_says(script):
     import torch
 
-    rows, labels = script["hops"](50, torch.Generator().manual_seed(0))
+    rows, labels = script["hops"](50, torch.Generator().manual_seed(0), 6)
     for row, label in zip(rows.tolist(), labels.tolist(), strict=True):
-        goes_to = dict(zip(row[0:16:2], row[1:16:2], strict=True))
-        for place in range(16, len(row), 3):
-            at = row[place + 1]
-            for _ in range(row[place] - 8):
+        goes_to = {pair // 8 - 1: pair % 8 for pair in row[:8]}
+        assert sorted(goes_to) == sorted(goes_to.values()) == list(range(8))
+        for place in range(8, len(row), 2):
+            hops, at = row[place] // 8 - 8, row[place] % 8
+            assert 1 <= hops <= 6
+            for _ in range(hops):
                 at = goes_to[at]
-            assert row[place + 2] == at
-            assert label[place : place + 3] == [-100, -100, at]
-        assert set(label[:16]) == {-100}
+            assert row[place + 1] == at
+            assert label[place : place + 2] == [-100, at]
+        assert set(label[:8]) == {-100}
 
 
 def test_the_cards_verdict_is_the_evidences():

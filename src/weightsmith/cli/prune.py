@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
         model: Annotated[str, typer.Argument(help="A causal language model: folder or hub id.")],
         out: Annotated[Path, typer.Argument(help="Folder to make.")],
         method: Annotated[
-            str, typer.Option(help="magnitude, wanda, ria, sparsegpt or maskpro.")
+            str, typer.Option(help="magnitude, wanda, ria, sparsegpt, sparseswaps or maskpro.")
         ] = "sparsegpt",
         pattern: Annotated[str, typer.Option(help="N:M, weights KEPT of each M inputs.")] = "2:4",
         data: Annotated[

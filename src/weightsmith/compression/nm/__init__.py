@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         NMOptions,
         RIAOptions,
         SparseGPTOptions,
+        SparseSwapsOptions,
         WandaOptions,
     )
     from weightsmith.compression.nm.packed import load_semi_structured
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from weightsmith.compression.nm.sampling import sample_nm
     from weightsmith.compression.nm.semi_structured import to_semi_structured_
     from weightsmith.compression.nm.sparsegpt import sparsegpt_prune
+    from weightsmith.compression.nm.sparseswaps import sparseswaps_mask
     from weightsmith.compression.nm.wanda import wanda_scores
     from weightsmith.compression.nm.write import write_pruned
 
@@ -47,6 +49,7 @@ _HOMES = {
     "PruneReport": "folders",
     "RIAOptions": "options",
     "SparseGPTOptions": "options",
+    "SparseSwapsOptions": "options",
     "WandaOptions": "options",
     "freeze_mask_": "freeze",
     "load_semi_structured": "packed",
@@ -61,6 +64,7 @@ _HOMES = {
     "ria_scores": "ria",
     "sample_nm": "sampling",
     "sparsegpt_prune": "sparsegpt",
+    "sparseswaps_mask": "sparseswaps",
     "to_semi_structured_": "semi_structured",
     "wanda_scores": "wanda",
     "write_masks": "files",
@@ -80,6 +84,7 @@ __all__ = [
     "PruneReport",
     "RIAOptions",
     "SparseGPTOptions",
+    "SparseSwapsOptions",
     "WandaOptions",
     "freeze_mask_",
     "load_semi_structured",
@@ -94,6 +99,7 @@ __all__ = [
     "ria_scores",
     "sample_nm",
     "sparsegpt_prune",
+    "sparseswaps_mask",
     "to_semi_structured_",
     "wanda_scores",
     "write_masks",

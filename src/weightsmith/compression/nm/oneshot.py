@@ -1,4 +1,4 @@
-"""One-shot pruning of a model in memory: magnitude, Wanda, RIA and SparseGPT behind one call."""
+"""Pruning of a model in memory by what its layers see: all methods but MaskPro behind one call."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from weightsmith.compression.nm.magnitude import magnitude_scores
 from weightsmith.compression.nm.masked import mask_of, masked
 from weightsmith.compression.nm.masks import codes_of_mask, codes_of_scores
 from weightsmith.compression.nm.options import (
-    MagnitudeOptions,
     MaskProConfig,
     NMOptions,
     RIAOptions,
     SparseGPTOptions,
+    SparseSwapsOptions,
     WandaOptions,
 )
 from weightsmith.compression.nm.pattern import Pattern
 from weightsmith.compression.nm.ria import ria_scores
 from weightsmith.compression.nm.sparsegpt import sparsegpt_prune
+from weightsmith.compression.nm.sparseswaps import sparseswaps_mask
 from weightsmith.compression.nm.targets import Target, find_targets
 from weightsmith.compression.nm.wanda import wanda_scores
 from weightsmith.errors import InputError
@@ -66,7 +67,8 @@ def prune_(
         model: Any module; a Hugging Face decoder is walked block by block, inputs of each from pruned blocks.
         batches: Calibration data: what the model is called with, in mappings, tuples or single tensors. Not
             needed for magnitude.
-        options: `MagnitudeOptions`, `WandaOptions` (the default), `RIAOptions` or `SparseGPTOptions`.
+        options: `MagnitudeOptions`, `WandaOptions` (the default), `RIAOptions`, `SparseGPTOptions` or
+            `SparseSwapsOptions`.
         run: Runs the model on a batch, for batches that the model can't be called with.
         progress: Told about blocks.
 
@@ -109,9 +111,13 @@ def one_shot(
             assert statistics is not None
             codes[target.name] = _sparsegpt(target, statistics, options)
         else:
-            scores = _scores(weight if target.dim == weight.ndim - 1 else weight.mT, statistics, options)
-            scores = scores if target.dim == weight.ndim - 1 else scores.mT
-            codes[target.name] = codes_of_scores(target.name, scores, options.nm, target.dim)
+            last = target.dim == weight.ndim - 1
+            scores = _scores(weight if last else weight.mT, statistics, options)
+            found = codes_of_scores(target.name, scores if last else scores.mT, options.nm, target.dim)
+            if isinstance(options, SparseSwapsOptions):
+                assert statistics is not None
+                found = _sparseswaps(target, found, statistics, options)
+            codes[target.name] = found
             weight.copy_(masked(weight, mask_of(codes[target.name], target, options.nm.m)))
         if statistics is not None:
             rows[target.name] = statistics.rows
@@ -127,12 +133,33 @@ def one_shot(
 
 def _scores(weight: Tensor, statistics: InputStatistics | None, options: NMOptions) -> Tensor:
     """Scores of a weight whose inputs are on its last axis."""
-    if isinstance(options, MagnitudeOptions):
+    kind = options.init if isinstance(options, SparseSwapsOptions) else options.kind
+    if kind == "magnitude":
         return magnitude_scores(weight)
     assert statistics is not None
-    if isinstance(options, RIAOptions):
-        return ria_scores(weight, statistics.norms, options.power)
+    if kind == "ria":
+        power = options.power if isinstance(options, RIAOptions) else RIAOptions.power
+        return ria_scores(weight, statistics.norms, power)
     return wanda_scores(weight, statistics.norms)
+
+
+def _sparseswaps(
+    target: Target, codes: Tensor, statistics: InputStatistics, options: SparseSwapsOptions
+) -> Tensor:
+    """Better masks than `codes`."""
+    weight, mask = target.parameter.data, mask_of(codes, target, options.nm.m)
+    turned = target.dim != 1
+    found = sparseswaps_mask(
+        weight.t() if turned else weight,
+        statistics.squares,
+        mask.t() if turned else mask,
+        options.nm.n,
+        options.nm.m,
+        sweeps=options.sweeps,
+        block_size=options.block_size,
+        name=target.name,
+    )
+    return codes_of_mask(target.name, found.t() if turned else found, options.nm, target.dim)
 
 
 def _sparsegpt(target: Target, statistics: InputStatistics, options: SparseGPTOptions) -> Tensor:

@@ -113,10 +113,32 @@ class SparseGPTOptions(NMOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        m = self.nm.m
-        fits = type(self.block_size) is int and self.block_size >= m and self.block_size % m == 0
-        expect("block_size", self.block_size, fits, f"a multiple of {m}")
+        _expect_blocks(self.block_size, self.nm.m)
         expect("damp", self.damp, 0 <= self.damp < math.inf, "at least 0 and finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseSwapsOptions(NMOptions):
+    """Exchange kept and pruned weights of a one-shot mask as long as outputs come closer to the dense ones.
+
+    Attributes:
+        init: The mask to begin with: `magnitude`, `wanda` or `ria`.
+        sweeps: Most passes over a matrix; it ends earlier where no swap helps.
+        block_size: Inputs after which all others learn of the swaps at once.
+    """
+
+    init: Literal["magnitude", "wanda", "ria"] = "wanda"
+    sweeps: int = 20
+    block_size: int = 128
+
+    kind: ClassVar[str] = "sparseswaps"
+    statistics: ClassVar[Literal["none", "norms", "hessian"]] = "hessian"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("init", self.init, ("magnitude", "wanda", "ria"))
+        expect("sweeps", self.sweeps, _whole(self.sweeps), "a whole number of at least 1")
+        _expect_blocks(self.block_size, self.nm.m)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +146,8 @@ class MaskProConfig(NMOptions):
     """Learn which weights to keep, by forward passes alone.
 
     Attributes:
-        init: The mask to begin with: `magnitude`, `wanda`, `ria`, `sparsegpt` (its mask alone), or the folder
-            or file of masks.
+        init: The mask to begin with: `magnitude`, `wanda`, `ria`, `sparseswaps`, `sparsegpt` (its mask
+            alone), or the folder or file of masks.
         init_scale: Logit C of a weight that the first mask keeps, 0 of the others; `auto` takes the one at
             which `change_rate` of all groups differ from the first mask in a sample.
         change_rate: That share; None goes by the number of groups, 0.05 up to thousands, 1e-3 at a million,
@@ -234,7 +256,15 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 
 KINDS: Mapping[str, type[NMOptions]] = {
-    cls.kind: cls for cls in (MagnitudeOptions, WandaOptions, RIAOptions, SparseGPTOptions, MaskProConfig)
+    cls.kind: cls
+    for cls in (
+        MagnitudeOptions,
+        WandaOptions,
+        RIAOptions,
+        SparseGPTOptions,
+        SparseSwapsOptions,
+        MaskProConfig,
+    )
 }
 """The ways to prune by their names."""
 
@@ -251,6 +281,10 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise InputError(
             f"{name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}"
         )
+
+
+def _expect_blocks(size: Any, m: int) -> None:
+    expect("block_size", size, _whole(size) and size % m == 0, f"a multiple of {m}")
 
 
 def _whole(value: Any) -> bool:

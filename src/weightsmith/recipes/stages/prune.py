@@ -53,7 +53,7 @@ class Prune:
     model: str
     """A stage, folder or hub id."""
     method: NMOptions = field(default_factory=SparseGPTOptions)
-    """`magnitude`, `wanda`, `ria`, `sparsegpt`, `maskpro`."""
+    """`magnitude`, `wanda`, `ria`, `sparsegpt`, `sparseswaps`, `maskpro`."""
     data: PageData | None = None
     """What to calibrate on; by default what the model was trained on."""
     samples: int = 128

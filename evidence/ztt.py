@@ -47,7 +47,7 @@ from weightsmith.training import ZTTConfig, ZTTForCausalLM, calibrate_exit
 from weightsmith.training.zero_token import modeling
 
 STEPS, HOP_STEPS, BATCH, CONTEXT, WIDTH, WARMUP = 1300, 2000, 16, 96, 96, 50
-RATES, HOP_RATE = (4e-3, 6.3e-3), 2.5e-3
+RATES, HOP_RATE = (2.5e-3, 4e-3), 2.5e-3
 WINDOWS, ALLOWED, SAVED, NEAR = 160, 0.01, 0.2, 0.015
 SYMBOLS, HOPS, QUERIES = 8, range(1, 5), 16
 PLAIN = {"num_cycles": 1, "zero_token": False}

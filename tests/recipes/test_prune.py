@@ -72,7 +72,15 @@ def test_pruned_models_load_anywhere_and_have_the_zeros_of_their_masks(page, tmp
 def test_the_report_shows_masks_and_the_learning_beside_its_baselines(page, tmp_path):
     run_recipe(page(), root=tmp_path / "runs", executor=Inline())
     record = json.loads((folders(tmp_path)["learned"] / "pruning.json").read_text())
-    assert set(record["losses"]) == {"dense", "magnitude", "wanda", "sparsegpt", "first", "maskpro"}
+    assert set(record["losses"]) == {
+        "dense",
+        "magnitude",
+        "wanda",
+        "sparseswaps",
+        "sparsegpt",
+        "first",
+        "maskpro",
+    }
     assert record["losses"]["magnitude"] == pytest.approx(record["losses"]["first"])
     assert len(record["learning"]["losses"]) == 6
     html = render(read_run(tmp_path / "runs" / "tiny"))

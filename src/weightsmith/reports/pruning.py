@@ -13,7 +13,13 @@ from weightsmith.reports.folder import Run, Stage
 from weightsmith.reports.strips import Strip
 
 _LABEL = 13.0  # pixels
-_NAMES = {"first": "first mask", "maskpro": "final mask", "sparsegpt": "SparseGPT", "wanda": "Wanda"}
+_NAMES = {
+    "first": "first mask",
+    "maskpro": "final mask",
+    "sparsegpt": "SparseGPT",
+    "sparseswaps": "SparseSwaps",
+    "wanda": "Wanda",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

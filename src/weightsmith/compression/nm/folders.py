@@ -29,6 +29,7 @@ from weightsmith.compression.nm.options import (
     MaskProConfig,
     NMOptions,
     SparseGPTOptions,
+    SparseSwapsOptions,
     WandaOptions,
 )
 from weightsmith.compression.nm.packed import check_targets
@@ -189,7 +190,11 @@ def _losses(
     m = options.nm.m
     ways = [MagnitudeOptions(**shared)]
     if all(target.modules for target in targets):  # no one sees the inputs of stacked experts
-        ways += [WandaOptions(**shared), SparseGPTOptions(**shared, block_size=128 // m * m)]
+        ways += [
+            WandaOptions(**shared),
+            SparseSwapsOptions(**shared),
+            SparseGPTOptions(**shared, block_size=128 // m * m),
+        ]
     found = {"dense": mean()}
     for way in ways:
         with unchanged(targets):

@@ -156,7 +156,6 @@ def _sparseswaps(
         options.nm.n,
         options.nm.m,
         sweeps=options.sweeps,
-        block_size=options.block_size,
         name=target.name,
     )
     return codes_of_mask(target.name, found.t() if turned else found, options.nm, target.dim)

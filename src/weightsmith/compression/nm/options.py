@@ -113,7 +113,9 @@ class SparseGPTOptions(NMOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _expect_blocks(self.block_size, self.nm.m)
+        m = self.nm.m
+        fits = _whole(self.block_size) and self.block_size % m == 0
+        expect("block_size", self.block_size, fits, f"a multiple of {m}")
         expect("damp", self.damp, 0 <= self.damp < math.inf, "at least 0 and finite")
 
 
@@ -124,12 +126,10 @@ class SparseSwapsOptions(NMOptions):
     Attributes:
         init: The mask to begin with: `magnitude`, `wanda` or `ria`.
         sweeps: Most passes over a matrix; it ends earlier where no swap helps.
-        block_size: Inputs after which all others learn of the swaps at once.
     """
 
     init: Literal["magnitude", "wanda", "ria"] = "wanda"
     sweeps: int = 20
-    block_size: int = 128
 
     kind: ClassVar[str] = "sparseswaps"
     statistics: ClassVar[Literal["none", "norms", "hessian"]] = "hessian"
@@ -138,7 +138,6 @@ class SparseSwapsOptions(NMOptions):
         super().__post_init__()
         one_of("init", self.init, ("magnitude", "wanda", "ria"))
         expect("sweeps", self.sweeps, _whole(self.sweeps), "a whole number of at least 1")
-        _expect_blocks(self.block_size, self.nm.m)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,10 +280,6 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise InputError(
             f"{name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}"
         )
-
-
-def _expect_blocks(size: Any, m: int) -> None:
-    expect("block_size", size, _whole(size) and size % m == 0, f"a multiple of {m}")
 
 
 def _whole(value: Any) -> bool:

@@ -48,7 +48,7 @@ def sparseswaps_mask(
         n: Weights kept in each group.
         m: Size of a group; must divide I.
         sweeps: Most passes over all groups; it ends earlier where no swap helps.
-        block_size: Inputs after which all others learn of the swaps at once; a multiple of `m`.
+        block_size: Inputs after which all others learn of the swaps at once, in whole groups.
         name: For messages.
 
     Returns:
@@ -64,8 +64,6 @@ def sparseswaps_mask(
     """
     Pattern(n, m).groups(name, tuple(weight.shape), 1)
     inputs = weight.shape[1]
-    if block_size % m:
-        raise InputError(f"block_size must be a multiple of {m}, got {block_size}")
     if hessian.shape != (inputs, inputs) or mask.shape != weight.shape:
         raise InputError(
             f"{name}: statistics of {list(hessian.shape)} and a mask of {list(mask.shape)}, its weight of "
@@ -78,12 +76,13 @@ def sparseswaps_mask(
     if not (hessian.isfinite().all() and work.isfinite().all()):
         raise InputError(f"{name}: a weight or a statistic of its inputs is NaN or infinite")
     kept = mask.t().contiguous()
+    step = max(1, block_size // m) * m
     for _ in range(sweeps):
         gone = work * ~kept
         slope = hessian @ gone  # anew in each sweep: sums of updates would gather rounding
         swapped = False
-        for first in range(0, inputs, block_size):
-            last = min(first + block_size, inputs)
+        for first in range(0, inputs, step):
+            last = min(first + step, inputs)
             block = slice(first, last)
             before = gone[block].clone()
             for at in range(first, last, m):

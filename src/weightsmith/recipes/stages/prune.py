@@ -24,6 +24,7 @@ from weightsmith.compression.nm.options import (
     MaskProConfig,
     NMOptions,
     SparseGPTOptions,
+    SparseSwapsOptions,
 )
 from weightsmith.errors import InputError
 from weightsmith.evaluation.costs import TORCH_BYTES
@@ -133,7 +134,7 @@ class Prune:
         return "\n".join(f"{entry!r}={entry.fingerprint()}" for entry in sources(self.data))
 
     def forecast(self, models: Mapping[str, Path], workspace: Workspace) -> Forecast:
-        """Its cost: passes over the data, and for SparseGPT the work on each matrix."""
+        """Its cost: passes over the data, and the work of SparseGPT and SparseSwaps on each matrix."""
         self.check_data()
         folder = models[self.model]
         with Checkpoint.open(folder) as checkpoint:
@@ -166,6 +167,8 @@ class Prune:
             passes, copies = steps / batches + 12.0, 3.0
         elif isinstance(self.method, SparseGPTOptions):
             flops = sum(2.0 * rows * columns**2 + columns**3 for rows, columns in shapes)
+        elif isinstance(self.method, SparseSwapsOptions):  # half of the sweeps it may take
+            flops = sum(2.0 * self.method.sweeps * rows * columns**2 for rows, columns in shapes)
         if not self.needs_data:
             passes = 0.0
         seconds = 1.5 + (2.0 * parameters * tokens * passes + flops) / (_EFFICIENCY * matmul_flops())

@@ -7,8 +7,8 @@ Three problems, all pruned to 2:4, the test split never looked at before the end
     model        all linear layers of that base, some 330,000 groups: reported as it falls, no criterion
 
 Arms: dense, magnitude, Wanda, RIA, SparseGPT (its mask alone, and with its update), SparseSwaps, MaskPro from
-magnitude, from Wanda and from SparseSwaps, all MaskPro runs with as many steps, at the rate that `lr: auto`
-gives on the first. Ablations on the digits: the residual without tracker, the tracker without residual, the
+magnitude, from Wanda and from SparseSwaps, and with `certainty: 3`, all with as many steps, at the rate that
+`lr: auto` gives on the first. Ablations on the digits: the residual without tracker, the tracker without residual, the
 plain loss, the published scale of 10, and all of these but the scale on small batches of 16.
 
 What might move masks of 10^5 groups, on the whole model, from Wanda: four masks a step in a quarter of the
@@ -75,6 +75,7 @@ STARTS: dict[str, dict[str, Any]] = {
     MAIN: {},
     "MaskPro from Wanda": {"init": "wanda"},
     "MaskPro from SparseSwaps": {"init": "sparseswaps"},
+    "MaskPro from magnitude, certainty 3": {"certainty": 3.0},
 }
 MANY = 4
 CREDITS = {"error of matrices": False, "error of rows": True}

@@ -36,7 +36,7 @@ def short(**options):
 def same_state(one, other):
     """Whether two pruners are in the same state, to the bit."""
     first, second = one._state, other._state
-    for part in ("logits", "first", "reference"):
+    for part in ("logits", "first", "reference", "spread"):
         for name, value in getattr(first, part).items():
             assert torch.equal(value, getattr(second, part)[name]), (part, name)
     for part in (
@@ -97,6 +97,61 @@ def test_the_best_of_all_masks_is_found_in_nine_of_ten_runs():
         already += torch.equal(nm_mask(layer.weight.detach().abs()), best)
     assert reached >= 9
     assert already == 0
+
+
+@pytest.mark.parametrize(("certainty", "most"), [(0.0, 1.0), (4.0, 0.01)])
+def test_losses_that_know_nothing_of_masks_change_none_that_has_to_be_sure(certainty, most):
+    """A thousand groups, a loss of noise: all logits walk at random."""
+    layer, noises = nn.Linear(64, 64, bias=False).eval(), iter(noise(2000).tolist())
+    options = {"init_scale": 0.5, "lr": 0.5, "steps": 400, "certainty": certainty}
+    pruner = MaskProPruner(layer, short(**options), loss_fn=lambda model, batch: next(noises))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the last two losses are noise as well
+        report = pruner.fit([torch.zeros(1)])
+    assert (report.changed > 0.2) == (certainty == 0)
+    assert report.changed <= most
+
+
+def test_what_is_learnt_stays_where_it_has_to_be_sure():
+    layer, x, target = regression(1)
+    options = {"init_scale": 0.5, "lr": "auto", "warmup": 50, "steps": 800}
+    masks = []
+    for certainty in (0.0, 2.0):
+        pruner = MaskProPruner(layer.eval(), short(**options, certainty=certainty), loss_fn=squared_error)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "lr ")
+            report = pruner.fit([(x, target)])
+        masks.append(pruner.masks()["weight"].kept)
+        assert report.final_loss < 0.7 * report.first_loss
+    assert not torch.equal(masks[1], nm_mask(layer.weight.detach().abs()))
+
+
+def test_sure_is_what_came_nearer_by_more_than_its_noise():
+    """Two groups that keep their first two, at logits 1; moves and their squares written out."""
+    first = {"w": torch.tensor([3, 3], dtype=torch.uint8)}
+    logits = {"w": torch.tensor([[1.0, 1.0], [-0.5, -0.5], [1.5, 1.5], [0.0, 0.0]])}
+    moved = logits["w"] - first_logits(first, 4, 1.0)["w"]
+    assert torch.equal(moved, torch.tensor([[0.0, 0.0], [-1.5, -1.5], [1.5, 1.5], [0.0, 0.0]]))
+    spread = {"w": torch.tensor([[9.0, 9.0], [0.5, 1.0], [0.5, 1.5], [9.0, 9.0]])}
+    learner = Learner(logits, short(), spread)
+    assert learner.likeliest()["w"].tolist() == [5, 5]
+    # 3 against certainty x sqrt(1) and x sqrt(2.5).
+    assert learner.accepted(first, 1.0, 1.8)["w"].tolist() == [5, 5]
+    assert learner.accepted(first, 1.0, 2.0)["w"].tolist() == [5, 3]
+    assert learner.accepted(first, 1.0, 3.1)["w"].tolist() == [3, 3]
+    learner.draw(1)
+    learner.move(1, [0.5])
+    change = learner.logits["w"] - torch.tensor([[1.0, 1.0], [-0.5, -0.5], [1.5, 1.5], [0.0, 0.0]])
+    before = torch.tensor([[9.0, 9.0], [0.5, 1.0], [0.5, 1.5], [9.0, 9.0]])
+    torch.testing.assert_close(spread["w"], before + change.square())
+
+
+def test_a_mask_that_got_worse_is_warned_of(mlp, points):
+    steps = references = min(3, len(points))
+    losses = iter([1.0] * (steps + references + len(points)) + [2.0] * len(points))
+    pruner = MaskProPruner(mlp, short(steps=steps), loss_fn=lambda model, batch: next(losses))
+    with pytest.warns(UserWarning, match="the learnt mask has a loss of 2, the first one 1"):
+        pruner.fit(points)
 
 
 def test_the_mean_of_a_step_is_the_gradient_of_the_mean_loss():
@@ -277,6 +332,7 @@ RUNS = {
     "ordered, two samples": {"score": "ordered", "samples_per_step": 2},
     "online, init first": {"reference": "online", "first_mask": "init"},
     "4:8": {"pattern": "4:8"},
+    "certain": {"certainty": 1.5},
 }
 
 
@@ -510,6 +566,7 @@ def test_the_models_own_loss_leaves_padding_out(build, tokens):
     [
         ({"lr": 0}, "lr must be auto, or above 0"),
         ({"init_scale": 50.0}, "init_scale must be auto, or above 0 and at most 40"),
+        ({"certainty": -1}, "certainty must be at least 0 and finite, got -1"),
         ({"alpha": 1.0}, "alpha must be in 0..1, below 1, got 1.0"),
         ({"score": "sets"}, "score must be one of auto, set, ordered, got 'sets'; did you mean `set`"),
         ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),

@@ -34,15 +34,18 @@ class Learner:
     Args:
         logits: (M, G) in float32, by name; moved in place.
         config: Its `pattern`, `score` and `seed`.
+        spread: Sums of squared moves, shaped like the logits, kept up in place; only `accepted` needs them.
 
     Attributes:
         logits: What was given.
         drawn: The masks of the last `draw`, by name.
     """
 
-    def __init__(self, logits: dict[str, Tensor], config: MaskProConfig) -> None:
+    def __init__(
+        self, logits: dict[str, Tensor], config: MaskProConfig, spread: dict[str, Tensor] | None = None
+    ) -> None:
         self._nm, self._ordered = config.nm, config.ordered
-        self.logits = logits
+        self.logits, self._spread = logits, spread or {}
         dtype = code_dtype(self._nm.m)
         self.drawn = {
             name: torch.zeros(rows.shape[1], dtype=dtype, device=rows.device) for name, rows in logits.items()
@@ -78,6 +81,8 @@ class Learner:
                     for k, factor in enumerate(steepness):
                         change.add_(self._score(sampler, rows, keys[k], part.start), alpha=factor)
                     change /= len(steepness)
+                if name in self._spread:
+                    self._spread[name][:, part].addcmul_(change, change)
                 rows.add_(change).clamp_(-LARGEST_LOGIT, LARGEST_LOGIT)
 
     def likeliest(self) -> dict[str, Tensor]:
@@ -88,6 +93,29 @@ class Learner:
             for part in chunks(len(codes), self._nm.m, logits.device):
                 codes[part] = top_codes(logits[:, part], self._nm.n)
             found[name] = codes
+        return found
+
+    def accepted(self, first: dict[str, Tensor], scale: float, certainty: float) -> dict[str, Tensor]:
+        """The largest logits of the groups that are sure of them, the first mask of the others.
+
+        Unbiased steps without a signal are a random walk, whose variance is the sum of its squared moves. A
+        group is sure where what speaks for its change has grown, since the start, by more than `certainty`
+        standard deviations of that walk.
+
+        Args:
+            first: Masks that `first_logits` made the logits of.
+            scale: As given to it.
+            certainty: In standard deviations.
+        """
+        found = self.likeliest()
+        for name, logits in self.logits.items():
+            for part in chunks(logits.shape[1], self._nm.m, logits.device):
+                codes, before = found[name][part], first[name][part]
+                kept = to_mask(before, self._nm.m).to(logits.dtype)
+                change = to_mask(codes, self._nm.m).to(logits.dtype).sub_(kept)
+                gained = (logits[:, part] - scale * kept).mul_(change).sum(0)
+                noise = (self._spread[name][:, part] * change.abs()).sum(0).sqrt_()
+                codes.copy_(torch.where(gained > certainty * noise, codes, before))
         return found
 
     def _score(self, sampler: Sampler, rows: Tensor, keys: tuple[int, ...], start: int) -> Tensor:

@@ -14,7 +14,7 @@ Departs  Î´ is that of before the step (public code uses the new one: the same Î
          draws a mask (`first_mask: init` tries the first one itself, as public code does). The score is
          exact where a group has all but decided.
 Cost     One forward pass a step (one more on each batch's first turn, or in each step with `online`); one
-         logit and one copy of each pruned weight, in memory.
+         logit (with `certainty` two numbers) and one copy of each pruned weight, in memory.
 """
 
 from __future__ import annotations
@@ -170,17 +170,17 @@ class MaskProPruner:
                         state.save(file, self.config, self._weights)
                         took = time.monotonic() - now
                         due = now + took + max(_SAVE_SECONDS, _SAVE_SHARE * took)
-                report = self._report(state, learner, weights, batches)
+                report = self._report(state, weights, batches)
             progress.done()
         return report
 
     def masks(self) -> Masks:
-        """The likeliest masks, exactly N of M in each group.
+        """The masks of the largest logits, exactly N of M in each group; see also `certainty`.
 
         Raises:
             InputError: `fit` or `load` comes first.
         """
-        return masks_of(self._targets, self._running()[1].likeliest(), self.config.nm)
+        return masks_of(self._targets, self._chosen(), self.config.nm)
 
     @torch.no_grad()
     def apply_(self) -> nn.Module:
@@ -189,7 +189,7 @@ class MaskProPruner:
         Raises:
             InputError: `fit` or `load` comes first.
         """
-        codes = self._running()[1].likeliest()
+        codes = self._chosen()
         for target in self._targets:
             mask = mask_of(codes[target.name], target, self.config.nm.m)
             target.parameter.copy_(masked(target.parameter, mask))
@@ -221,7 +221,13 @@ class MaskProPruner:
 
     def _take(self, state: State) -> None:
         self._state = state
-        self._learner = Learner(state.logits, self.config)
+        self._learner = Learner(state.logits, self.config, state.spread)
+
+    def _chosen(self) -> dict[str, Tensor]:
+        state, learner = self._running()
+        if not self.config.certainty:
+            return learner.likeliest()
+        return learner.accepted(state.first, state.scale, self.config.certainty)
 
     def _begin(self, batches: Iterable[Batch]) -> None:
         """The first masks and their logits."""
@@ -238,7 +244,8 @@ class MaskProPruner:
         lr = None if config.lr == "auto" else float(config.lr)
         logits = first_logits(codes, config.nm.m, scale)
         kept = {name: code.clone() for name, code in codes.items()}
-        self._take(State(logits, codes, kept, scale, lr, repaired=repaired))
+        spread = {name: torch.zeros_like(rows) for name, rows in logits.items()} if config.certainty else {}
+        self._take(State(logits, codes, kept, scale, lr, repaired=repaired, spread=spread))
 
     def _step(self, state: State, learner: Learner, weights: MaskedWeights, batch: Batch) -> None:
         config, step = self.config, state.step + 1
@@ -271,7 +278,7 @@ class MaskProPruner:
             self._warn_of_large_moves(state.lr, factors)
             learner.move(step, factors)
         state.tracker = config.alpha * state.tracker + (1 - config.alpha) * mean
-        self._refresh(state, learner, mean + reference, reference)
+        self._refresh(state, mean + reference, reference)
 
     def _measure(self, state: State, residuals: list[float]) -> None:
         """Spread of the residuals (Welford); the rate, once enough were seen."""
@@ -315,7 +322,7 @@ class MaskProPruner:
             state.references[key] = loss
         return loss
 
-    def _refresh(self, state: State, learner: Learner, loss: float, reference: float) -> None:
+    def _refresh(self, state: State, loss: float, reference: float) -> None:
         """Make the likeliest mask the reference when the loss has halved."""
         config = self.config
         if not config.refresh_reference or not config.compares:
@@ -326,7 +333,7 @@ class MaskProPruner:
         state.means = (ours, theirs, count + 1)
         # Both means began at 0 and lack the same part of themselves.
         if count + 1 >= 1 / (1 - config.alpha) and ours < 0.5 * theirs:
-            for name, codes in learner.likeliest().items():
+            for name, codes in self._chosen().items():
                 state.reference[name].copy_(codes)
             state.references = dict.fromkeys(state.references)
             state.tracker, state.means = 0.0, (0.0, 0.0, 0)
@@ -346,15 +353,19 @@ class MaskProPruner:
         device = self._targets[0].parameter.device
         return float(self._loss_fn(self.model, to_device(batch, device)))
 
-    def _report(
-        self, state: State, learner: Learner, weights: MaskedWeights, batches: Iterable[Batch]
-    ) -> MaskProReport:
-        final = learner.likeliest()
+    def _report(self, state: State, weights: MaskedWeights, batches: Iterable[Batch]) -> MaskProReport:
+        final = self._chosen()
         losses = []
         for codes in (state.first, final):
             _show(weights, codes)
             each = [self._loss(batch) for batch in batches]
             losses.append(math.fsum(each) / len(each))
+        if losses[1] > losses[0]:
+            warnings.warn(
+                f"the learnt mask has a loss of {losses[1]:.5g}, the first one {losses[0]:.5g}: too few steps "
+                "for so many groups, or batches too small; `certainty: 3` changes only groups that are sure",
+                stacklevel=3,
+            )
         differ = {name: int((codes != state.first[name]).sum()) for name, codes in final.items()}
         groups = sum(target.groups for target in self._targets)
         return MaskProReport(

@@ -165,6 +165,9 @@ class MaskProConfig(NMOptions):
         refresh_reference: Make the likeliest mask the reference when the loss has halved.
         first_mask: What the first step tries: a `sample`, or the first mask itself (`init`), as published
             code does.
+        certainty: Change a group's mask only where its logits moved by more than so many standard deviations
+            of what noise alone moves them; 0 takes the largest logits, as the paper does. About 3 keeps apart
+            from noise what a run that is short for its number of groups has learnt. Ours.
         repair: Complete first masks from a file whose groups don't keep exactly N.
         seed: Decides all masks.
     """
@@ -182,6 +185,7 @@ class MaskProConfig(NMOptions):
     reference: Literal["cached", "online"] = "cached"
     refresh_reference: bool = True
     first_mask: Literal["sample", "init"] = "sample"
+    certainty: float = 0.0
     repair: bool = False
     seed: int = 0
 
@@ -202,6 +206,8 @@ class MaskProConfig(NMOptions):
             expect(name, value, right, f"auto, or above 0 and at most {most:g}")
         rate = self.change_rate
         expect("change_rate", rate, rate is None or (_number(rate) and 0 < rate < 1), "in 0..1")
+        sure = _number(self.certainty) and 0 <= self.certainty < math.inf
+        expect("certainty", self.certainty, sure, "at least 0 and finite")
         expect("alpha", self.alpha, 0 <= self.alpha < 1, "in 0..1, below 1")
         if self.lr == "auto" and self.warmup >= self.steps:
             raise InputError(

@@ -38,6 +38,7 @@ class State:
         logits: (M, G) by name.
         first: The mask it began with, by name.
         reference: The mask that residuals are taken against, by name.
+        spread: Sums of the logits' squared moves, by name; empty where `certainty` is 0.
         scale: Logit of what the first mask keeps.
         lr: η; None while it is being measured.
         step: Steps done.
@@ -71,6 +72,7 @@ class State:
     losses: list[float] = field(default_factory=list)
     residuals: list[float] = field(default_factory=list)
     repaired: int = 0
+    spread: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: Path, config: MaskProConfig, weights: str) -> None:
         """Write the file, in one step; `weights` is the `weights_digest` of the dense model.
@@ -114,6 +116,7 @@ class State:
                 parts: dict[str, Any] = {
                     part: {name: file.get_tensor(f"{part}.{name}").to(devices[name]) for name in devices}
                     for part in _BY_NAME
+                    if part != "spread" or config.certainty
                 }
                 for part in _HISTORIES:
                     parts[part] = file.get_tensor(part).tolist()
@@ -125,7 +128,7 @@ class State:
         return cls(**parts, **plain)
 
 
-_BY_NAME = ("logits", "first", "reference")
+_BY_NAME = ("logits", "first", "reference", "spread")
 _HISTORIES = ("losses", "residuals")
 
 

@@ -8,8 +8,8 @@ Three problems, all pruned to 2:4, the test split never looked at before the end
 
 Arms: dense, magnitude, Wanda, RIA, SparseGPT (its mask alone, and with its update), SparseSwaps, MaskPro from
 magnitude, from Wanda and from SparseSwaps, and with `certainty: 3`, all with as many steps, at the rate that
-`lr: auto` gives on the first. Ablations on the digits: the residual without tracker, the tracker without residual, the
-plain loss, the published scale of 10, and all of these but the scale on small batches of 16.
+`lr: auto` gives on the first. Ablations on the digits: the residual without tracker, the tracker without
+residual, the plain loss, the published scale of 10, and all of these but the scale on small batches of 16.
 
 What might move masks of 10^5 groups, on the whole model, from Wanda: four masks a step in a quarter of the
 steps; and an error in place of the loss, that of each matrix's outputs on the layer's inputs, or of each of

@@ -362,8 +362,9 @@ class MaskProPruner:
             losses.append(math.fsum(each) / len(each))
         if losses[1] > losses[0]:
             warnings.warn(
-                f"the learnt mask has a loss of {losses[1]:.5g}, the first one {losses[0]:.5g}: too few steps "
-                "for so many groups, or batches too small; `certainty: 3` changes only groups that are sure",
+                f"the learnt mask has a loss of {losses[1]:.5g}, the first one {losses[0]:.5g}: too few "
+                "steps for so many groups, or batches too small; `certainty: 3` changes only groups that are "
+                "sure",
                 stacklevel=3,
             )
         differ = {name: int((codes != state.first[name]).sum()) for name, codes in final.items()}

@@ -55,6 +55,7 @@ METHODS: dict[str, Made] = {
     "TeZO-m r=64": tezo(TeZOMomentum, 64),
     **{f"TeZO-Adam r={rank}": tezo(TeZOAdam, rank) for rank in (8, 16, 64)},
     "TeZO-Adam r=64, matrices alone": tezo(TeZOAdam, 64, freeze_1d=True),
+    "TeZO-Adam r=64, new factors every 50": tezo(TeZOAdam, 64, refresh_interval=50),
     "AdamW (gradients)": lambda model, lr, seed: torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0),
 }
 OURS = "TeZO-Adam r=64"

@@ -291,6 +291,7 @@ METHODS: tuple[MethodCard, ...] = (
         "2501.19057",
         "tezo.optimizer:TeZO",
         "Fine-tune by forward passes alone; momentum and Adam cost two short vectors for each matrix.",
+        verdict="not shown",
     ),
     _training(
         "mezo",

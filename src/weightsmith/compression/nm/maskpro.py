@@ -365,7 +365,7 @@ class MaskProPruner:
                 f"the learnt mask has a loss of {losses[1]:.5g}, the first one {losses[0]:.5g}: too few "
                 "steps for so many groups, or batches too small; `certainty: 3` changes only groups that are "
                 "sure",
-                stacklevel=3,
+                stacklevel=4,
             )
         differ = {name: int((codes != state.first[name]).sum()) for name, codes in final.items()}
         groups = sum(target.groups for target in self._targets)

@@ -166,8 +166,9 @@ class MaskProConfig(NMOptions):
         first_mask: What the first step tries: a `sample`, or the first mask itself (`init`), as published
             code does.
         certainty: Change a group's mask only where its logits moved by more than so many standard deviations
-            of what noise alone moves them; 0 takes the largest logits, as the paper does. About 3 keeps apart
-            from noise what a run that is short for its number of groups has learnt. Ours.
+            of what noise alone moves them; 0 takes the largest logits, as the paper does. Ours, experimental:
+            3 held a run that was short for its groups near its first mask, and kept back some of a long
+            one's gain.
         repair: Complete first masks from a file whose groups don't keep exactly N.
         seed: Decides all masks.
     """

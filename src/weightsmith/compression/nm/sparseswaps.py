@@ -8,8 +8,8 @@ Method   With H = X Xᵀ over the inputs and d the pruned part of a row, the row
 
              prune u, restore p:   Δ = 2 w_u (dH)_u - 2 w_p (dH)_p + w_u² H_uu + w_p² H_pp - 2 w_u w_p H_up
 
-Source   Zimmer et al., arXiv:2512.10922. CONFIRMED: rows apart, exact swaps, any mask to begin with.
-         Decided here: each group its own swap in turn (the paper takes one swap of a row at a time).
+Source   Zimmer et al., arXiv:2512.10922. CONFIRMED (its abstract): rows apart, exact swaps by the Gram
+         matrix, any mask to begin with. RECONSTRUCTED: the order of swaps, each group its own in turn.
 Cost     A sweep is 4 O I² operations in products of matrices, and some 20 M passes over the weight; five
          matrices of its size in float32.
 Letters  O outputs, I inputs, M entries of a group

@@ -22,12 +22,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from weightsmith.errors import InputError
+from weightsmith.tensors.eigen import lapack_threads, leading_eigenpairs
 
 DROP = 1e-6
 """Singular values at or below this share of the largest are rounding, not directions."""
@@ -96,8 +97,34 @@ def truncated_svd(matrices: Tensor, rank: int, *, route: Route = "auto", seed: i
     return Triplets(u.reshape(*lead, *u.shape[1:]), s.reshape(*lead, rank), v.reshape(*lead, *v.shape[1:]))
 
 
-def whitening(columns: Tensor, tolerance: float = WHITEN_TOLERANCE) -> tuple[Tensor, Tensor]:
-    """Two factors of the nearest column-orthonormal matrix (polar factor) of `columns`.
+class PolarFactor(NamedTuple):
+    """The nearest column-orthonormal matrix (M, K) of `columns`, as columns @ root + short @ turn.
+
+    Apart, because what it is multiplied with is often the smaller side.
+
+    Attributes:
+        columns: (M, K), as given.
+        root: (K, K).
+        short: (M, S), what replaces combinations of columns that are too short for `root`.
+        turn: (S, K).
+    """
+
+    columns: Tensor
+    root: Tensor
+    short: Tensor
+    turn: Tensor
+
+    def times(self, right: Tensor) -> Tensor:
+        """The polar factor times (K, P) `right`."""
+        return (self.columns @ (self.root @ right)).addmm_(self.short, self.turn @ right)
+
+    def matrix(self) -> Tensor:
+        """The polar factor itself."""
+        return (self.columns @ self.root).addmm_(self.short, self.turn)
+
+
+def polar_factor(columns: Tensor, tolerance: float = WHITEN_TOLERANCE) -> PolarFactor:
+    """The nearest column-orthonormal matrix of `columns`.
 
     Where columns are dependent that matrix is not unique; here it is columns (columns^T columns)^(-1/2) with
     the pseudo-inverse: combinations whose squared length is at most `tolerance` of the largest give 0. So T
@@ -106,34 +133,35 @@ def whitening(columns: Tensor, tolerance: float = WHITEN_TOLERANCE) -> tuple[Ten
     Args:
         columns: (M, K), K <= M.
         tolerance: Relative to the largest eigenvalue of the Gram matrix.
-
-    Returns:
-        A (M, K) and B (K, K), whose product is the polar factor. Apart, because what they are multiplied with
-        is often the smaller side.
     """
-    squares, turn = torch.linalg.eigh(gram(columns.mT, columns.dtype))
+    squares, turn = leading_eigenpairs(gram(columns.mT, columns.dtype), columns.shape[1])
     number = int((squares < SHORT * squares[-1]).sum())  # ascending: the first ones
     if columns.dtype != torch.float32 or number == 0:
         kept = squares > tolerance * squares[-1]
-        scale = torch.where(kept, squares, 1.0).rsqrt() * kept
-        return columns, gram(turn * scale.sqrt(), columns.dtype)
+        root = gram(turn * (torch.where(kept, squares, 1.0).pow(-0.25) * kept), columns.dtype)
+        return PolarFactor(columns, root, columns[:, :0], turn[:0])
     # Short combinations are differences of nearly equal columns, and fp32 `eigh` leaves a trace of long ones
     # in them. They are measured from the columns themselves, rid of that trace.
-    combined = columns @ turn
-    short, long = combined[:, :number], combined[:, number:]
-    long *= squares[number:].rsqrt()
-    short -= long @ (long.mT @ short)
+    root = gram(turn[:, number:] * squares[number:].pow(-0.25), columns.dtype)
+    turn = turn[:, :number]
+    short = columns @ turn
+    short -= columns @ (root @ (root @ (columns.mT @ short)))
     lengths, again = torch.linalg.eigh(gram(short.mT, torch.float64))
     kept = lengths > tolerance * squares[-1].double()
     scale = torch.where(kept, lengths, 1.0).rsqrt() * kept
-    short.copy_(short @ ((again * scale) @ again.mT).float())
-    return combined, turn.mT
+    return PolarFactor(columns, root, short @ ((again * scale) @ again.mT).float(), turn.mT)
 
 
 def whiten(columns: Tensor, tolerance: float = WHITEN_TOLERANCE) -> Tensor:
-    """The nearest column-orthonormal matrix of (M, K) `columns`; see `whitening`."""
-    first, second = whitening(columns, tolerance)
-    return first @ second
+    """The nearest column-orthonormal matrix of (M, K) `columns`; see `polar_factor`."""
+    return polar_factor(columns, tolerance).matrix()
+
+
+def whitened_product(u: Tensor, scale: Tensor, v: Tensor) -> Tensor:
+    """A diag(scale) B^T (M, N), where A and B are the polar factors of (M, K) `u` and (N, K) `v`."""
+    if len(u) > len(v):
+        return polar_factor(u).times((whiten(v) * scale).mT)
+    return polar_factor(v).times((whiten(u) * scale).mT).mT
 
 
 def singular_values(matrices: Tensor) -> Tensor:
@@ -157,14 +185,14 @@ def stable_rank(values: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Hold torch to one intra-op thread: how sums are split over threads shows in their last bits.
+    """Hold torch and LAPACK to one thread each: how sums are split over threads shows in their last bits.
 
     Several workers may be inside at once; the last one out restores what was set before.
     """
-    global _inside, _threads_before
+    global _inside, _before
     with _lock:
         if _inside == 0:
-            _threads_before = torch.get_num_threads()
+            _before = torch.get_num_threads(), lapack_threads(1)
         _inside += 1
     # Every entrant sets it: OpenMP keeps the number per thread.
     torch.set_num_threads(1)
@@ -173,13 +201,14 @@ def one_thread() -> Iterator[None]:
     finally:
         with _lock:
             _inside -= 1
-            if _inside == 0:
-                torch.set_num_threads(_threads_before)
+            if _inside == 0 and _before is not None:
+                torch.set_num_threads(_before[0])
+                _before[1].restore_original_limits()
 
 
 _lock = threading.Lock()
 _inside = 0
-_threads_before = 1
+_before: tuple[int, Any] | None = None
 
 
 def _settled(matrix: Tensor) -> Tensor:
@@ -208,9 +237,10 @@ def _gram_svd(wide: Tensor, rank: int) -> Triplets:
     _check_finite(products.diagonal(dim1=-2, dim2=-1))
     if wide.dtype == torch.float32 and bool(_surely_weak(products, rank).all()):
         return _double_svd(wide, rank)
-    _, vectors = torch.linalg.eigh(products)  # the smallest first
     if wide.dtype != torch.float32:
-        return _rayleigh_ritz(wide, vectors[..., -rank:], rank)
+        return _rayleigh_ritz(wide, leading_eigenpairs(products, rank)[1], rank)
+    # A few more than are wanted, for the second look.
+    _, vectors = leading_eigenpairs(products, min(rank + rank // 4, wide.shape[-2]))
     basis = vectors[..., -rank:].flip(-1)
     image = wide.mT @ basis
     s = image.norm(dim=-2)
@@ -224,19 +254,18 @@ def _gram_svd(wide: Tensor, rank: int) -> Triplets:
 
 
 def _second_look(wide: Tensor, vectors: Tensor, rank: int) -> Triplets:
-    """Triplets from `vectors` (B, Q, Q) of an fp32 Gram matrix, largest last, whose small ones are inexact.
+    """Triplets from `vectors` (B, Q, K) of an fp32 Gram matrix, largest last, whose small ones are inexact.
 
-    A power step damps what they hold of far directions, Rayleigh-Ritz sorts out near ones; a few more than
+    A power step damps what they hold of far directions, Rayleigh-Ritz sorts out near ones; K is more than
     are wanted because mixing harms at the boundary.
     """
-    reach = rank + rank // 4
-    basis, _ = torch.linalg.qr(wide @ (wide.mT @ vectors[..., -reach:]))
+    basis, _ = torch.linalg.qr(wide @ (wide.mT @ vectors))
     return _rayleigh_ritz(wide, basis, rank)
 
 
 def _double_svd(wide: Tensor, rank: int) -> Triplets:
-    _, vectors = torch.linalg.eigh(gram(wide, torch.float64))
-    return _rayleigh_ritz(wide, vectors[..., -rank:].to(wide.dtype), rank)
+    _, vectors = leading_eigenpairs(gram(wide, torch.float64), rank)
+    return _rayleigh_ritz(wide, vectors.to(wide.dtype), rank)
 
 
 def _surely_weak(products: Tensor, rank: int) -> Tensor:
@@ -289,9 +318,9 @@ def _sketch(wide: Tensor, rank: int, seed: int, *, hopeful_only: bool) -> Tensor
 def _rayleigh_ritz(wide: Tensor, basis: Tensor, rank: int) -> Triplets:
     """The best triplets inside the span of `basis` (B, Q, K), K >= rank."""
     image = wide.mT @ basis  # (B, N, K)
-    squares, turn = torch.linalg.eigh(gram(image.mT, torch.float64))
+    squares, turn = leading_eigenpairs(gram(image.mT, torch.float64), rank)
     s = squares[..., -rank:].clamp_min(0).sqrt().flip(-1)
-    turn = turn[..., -rank:].flip(-1)
+    turn = turn.flip(-1)
     kept = s > DROP * s[..., :1]
     s = s * kept
     scale = torch.where(kept, s, 1.0).reciprocal() * kept

@@ -46,7 +46,7 @@ class IsoCts(MatrixChanges):
         """The merged change of one matrix from `deltas` (T, M, N), which may be overwritten."""
         import torch
 
-        from weightsmith.tensors.spectra import truncated_svd, whitening
+        from weightsmith.tensors.spectra import truncated_svd, whitened_product
 
         tasks, q = len(deltas), min(deltas.shape[-2:])
         common, own = shares(q, tasks, self.common)
@@ -70,9 +70,8 @@ class IsoCts(MatrixChanges):
         u, s, v = (torch.cat(side, dim=-1) for side in zip(*parts, strict=True))
         if not s.numel():
             return Change(None, [0] * tasks, [1.0] * tasks)
-        (left, inner), (right, other) = whitening(u), whitening(v)
-        middle = (inner @ other.mT).mul_(s.sum() / q)
-        return Change(left @ middle @ right.mT, [shared + number for number in used], [1.0] * tasks)
+        values = whitened_product(u, (s.sum() / q).expand_as(s), v)
+        return Change(values, [shared + number for number in used], [1.0] * tasks)
 
 
 def shares(q: int, tasks: int, common: float) -> tuple[int, int]:

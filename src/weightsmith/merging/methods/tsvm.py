@@ -83,7 +83,7 @@ def orthogonal_sum(
     """
     import torch
 
-    from weightsmith.tensors.spectra import truncated_svd, whitening
+    from weightsmith.tensors.spectra import truncated_svd, whitened_product
 
     # Equal ranks are one batch, for a GPU's sake.
     batch = truncated_svd(deltas, ranks[0]) if len(set(ranks)) == 1 else None
@@ -100,11 +100,7 @@ def orthogonal_sum(
     del batch, parts
     if sum(kept > 0 for kept in used) == 1:
         return (u * s) @ v.mT, used  # one task's directions are orthonormal already
-    (left, inner), (right, other) = whitening(u), whitening(v)
-    middle = (inner * s) @ other.mT
-    if len(left) <= len(right):
-        return (left @ middle) @ right.mT, used
-    return left @ (middle @ right.mT), used
+    return whitened_product(u, s, v), used
 
 
 def few_rows_ranks(deltas: Tensor) -> list[int]:

@@ -68,12 +68,14 @@ def test_workers_side_by_side_find_the_same_bits():
             assert torch.equal(found[1], vectors)
 
 
-def test_one_thread_is_one_thread_of_lapack_and_comes_to_an_end():
+def test_lapack_has_one_thread_while_anybody_is_at_work():
     def threads():
         return [library.num_threads for library in eigen._libraries().select(user_api="blas").lib_controllers]
 
     before = threads()
-    with one_thread():
+    with eigen._one_thread:
+        with eigen._one_thread:
+            assert set(threads()) == {1}
         assert set(threads()) == {1}
     assert threads() == before
 

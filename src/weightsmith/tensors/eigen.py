@@ -6,14 +6,14 @@ Method   On a CPU the three steps of LAPACK's `syevd` one by one: reduction (`sy
          (`stedc`), and the way back (`torch.ormqr`) for the wanted vectors alone. Elsewhere
          `torch.linalg.eigh`.
 Threads  LAPACK is called by way of `scipy.linalg.cython_lapack`, without the interpreter's lock, which
-         scipy's own functions hold: workers of a merge would wait for one another. How many threads it takes
-         is a matter of `spectra.one_thread`.
+         scipy's own functions hold: workers of a merge would wait for one another.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -56,11 +56,12 @@ def _lapack(matrix: Tensor, number: int) -> tuple[Tensor, Tensor]:
     values, beside, scales = (matrix.new_empty(size) for _ in range(3))
     work = matrix.new_empty(1 + 4 * size + size * size)
     block = matrix.new_empty(_BLOCK * size)
-    _call(letter + b"sytrd", b"L", size, reduced, size, values, beside, scales, block, len(block))
     vectors = matrix.new_empty(size, size)
     places = torch.empty(3 + 5 * size, dtype=torch.int32)
     spaces = (work, len(work), places, len(places))
-    _call(letter + b"stedc", b"I", size, values, beside, vectors, size, *spaces)
+    with _one_thread:
+        _call(letter + b"sytrd", b"L", size, reduced, size, values, beside, scales, block, len(block))
+        _call(letter + b"stedc", b"I", size, values, beside, vectors, size, *spaces)
     wanted = vectors[size - number :].mT
     # The first row is one of its own: reflections begin below it.
     wanted[1:] = torch.ormqr(reduced.mT[1:, :-1], scales[:-1], wanted[1:])
@@ -96,13 +97,29 @@ def _routine(name: str, num_arguments: int) -> Callable[..., None]:
     return prototype(pointed(capsule, named(capsule)))
 
 
-def lapack_threads(number: int) -> Any:
-    """Give LAPACK so many threads, in the whole process.
-
-    Returns:
-        What has `restore_original_limits()`.
+class _OneThread:
+    """LAPACK on one thread while anybody is inside: its own threads and torch's would wait for each other's
+    cores, and how sums are split over threads shows in their last bits.
     """
-    return _libraries().limit(limits=number, user_api="blas")
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._limit: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._limit = _libraries().limit(limits=1, user_api="blas")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._limit.restore_original_limits()
+
+
+_one_thread = _OneThread()
 
 
 @functools.cache

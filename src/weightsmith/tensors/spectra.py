@@ -22,13 +22,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from weightsmith.errors import InputError
-from weightsmith.tensors.eigen import lapack_threads, leading_eigenpairs
+from weightsmith.tensors.eigen import leading_eigenpairs
 
 DROP = 1e-6
 """Singular values at or below this share of the largest are rounding, not directions."""
@@ -185,14 +185,14 @@ def stable_rank(values: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Hold torch and LAPACK to one thread each: how sums are split over threads shows in their last bits.
+    """Hold torch to one intra-op thread: how sums are split over threads shows in their last bits.
 
     Several workers may be inside at once; the last one out restores what was set before.
     """
-    global _inside, _before
+    global _inside, _threads_before
     with _lock:
         if _inside == 0:
-            _before = torch.get_num_threads(), lapack_threads(1)
+            _threads_before = torch.get_num_threads()
         _inside += 1
     # Every entrant sets it: OpenMP keeps the number per thread.
     torch.set_num_threads(1)
@@ -201,14 +201,13 @@ def one_thread() -> Iterator[None]:
     finally:
         with _lock:
             _inside -= 1
-            if _inside == 0 and _before is not None:
-                torch.set_num_threads(_before[0])
-                _before[1].restore_original_limits()
+            if _inside == 0:
+                torch.set_num_threads(_threads_before)
 
 
 _lock = threading.Lock()
 _inside = 0
-_before: tuple[int, Any] | None = None
+_threads_before = 1
 
 
 def _settled(matrix: Tensor) -> Tensor:

@@ -107,3 +107,8 @@ def test_adapters_quantised_and_missing_weights_are_refused_with_a_reason(build)
         names(quantised)
     with pytest.raises(InputError, match=r"0\.weight: has no memory yet"):
         names(nn.Sequential(nn.Linear(8, 8, device="meta")))
+
+
+def test_sharded_weights_are_refused(build, shard):
+    with pytest.raises(InputError, match=r"q_proj.weight: is sharded over processes; prune"):
+        find_targets(shard(build("llama")), MagnitudeOptions())

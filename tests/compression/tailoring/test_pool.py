@@ -302,6 +302,11 @@ def test_quantised_models_are_refused():
         LayerPool(llama(), [quantised])
 
 
+def test_sharded_models_are_refused(shard):
+    with pytest.raises(InputError, match=r"candidate 1: `model.embed_tokens.weight` is sharded .*; gather"):
+        LayerPool(llama(), [shard(llama())])
+
+
 def test_a_stranger_is_called_one(caplog):
     with caplog.at_level(logging.WARNING):
         LayerPool(llama(), [llama(seed=1)])

@@ -241,7 +241,7 @@ def test_answers_end_before_their_closing_token_and_never_begin_a_document():
     labels = torch.tensor([[1, 2, -100, 4, 9, 5, 6, 9]])
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
     found = find_answers(ids, labels, positions, closing={9})
-    assert [(one.start, one.stop) for one in found] == [(1, 2), (3, 4), (6, 7)]
+    assert list(zip(found.start, found.stop, strict=True)) == [(1, 2), (3, 4), (6, 7)]
 
 
 def total(model, made):

@@ -28,17 +28,17 @@ _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
 _NOT_BY_TOKEN = (*_LENGTHS, "max_length_q", "max_length_k", "num_items_in_batch")
 
 
-class Answer(NamedTuple):
-    """Tokens `start` to `stop` of a row that are an answer without its closing token."""
+class Answers(NamedTuple):
+    """Answer r is tokens `start[r]` to `stop[r]` of row `row[r]`, its closing token left out; int64 (R,)."""
 
-    row: int
-    start: int
-    stop: int
+    row: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
 
 
 def find_answers(
     input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, closing: Collection[int] = ()
-) -> list[Answer]:
+) -> Answers:
     """Every run of labels, row by row.
 
     Args:
@@ -50,13 +50,10 @@ def find_answers(
     ids, starts = input_ids.cpu().numpy(), document_starts(labels.shape, position_ids)
     is_answer = (labels.cpu().numpy() != IGNORED) & ~starts
     edges = np.diff(is_answer.astype(np.int8), axis=1, prepend=0, append=0)
-    found = []
-    for row in range(len(ids)):
-        begins, ends = np.flatnonzero(edges[row] == 1), np.flatnonzero(edges[row] == -1)
-        for start, stop in zip(begins.tolist(), ends.tolist(), strict=True):
-            stop -= int(ids[row, stop - 1]) in closing
-            found.append(Answer(row, start, stop))
-    return found
+    # Runs of a row begin and end in turns, so that both come in one order.
+    row, start = np.nonzero(edges == 1)
+    stop = np.nonzero(edges == -1)[1]
+    return Answers(row, start, stop - np.isin(ids[row, stop - 1], list(closing)))
 
 
 def document_starts(shape: Iterable[int], position_ids: Tensor | None) -> np.ndarray:
@@ -73,21 +70,17 @@ def masked_answers(
 ) -> Tensor:
     """Bool (B, T) on the CPU: the tokens of long answers that copies hide."""
     labels, positions = batch["labels"], batch.get("position_ids")
-    long = [
-        answer
-        for answer in find_answers(batch["input_ids"], labels, positions, closing)
-        if answer.stop - answer.start >= options.min_answer_tokens
-    ]
+    found = find_answers(batch["input_ids"], labels, positions, closing)
+    long = found.stop - found.start >= options.min_answer_tokens
+    row_R, start_R, stop_R = (part[long] for part in found)
     masked_BT = torch.zeros(labels.shape, dtype=torch.bool)
-    if not long:
-        return masked_BT
-    allowed_RT = torch.zeros(len(long), labels.shape[1], dtype=torch.bool)
-    for number, answer in enumerate(long):
-        allowed_RT[number, answer.start : answer.stop] = True
-    seed = seed.cpu() if isinstance(seed, Tensor) else seed
-    chosen_RT = choose(allowed_RT, options.ratio, seed, exact_count=options.exact_count)
-    for number, answer in enumerate(long):
-        masked_BT[answer.row] |= chosen_RT[number]
+    if len(row_R):
+        places = np.arange(labels.shape[1])
+        allowed_RT = torch.from_numpy((places >= start_R[:, None]) & (places < stop_R[:, None]))
+        seed = seed.cpu() if isinstance(seed, Tensor) else seed
+        chosen_RT = choose(allowed_RT, options.ratio, seed, exact_count=options.exact_count)
+        answers, places = np.nonzero(chosen_RT.numpy())
+        masked_BT.numpy()[row_R[answers], places] = True
     return masked_BT
 
 

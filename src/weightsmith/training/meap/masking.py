@@ -253,10 +253,7 @@ def _choose_on_cpu(allowed: np.ndarray, ratio: float, seed: int, per_row: bool) 
     keys = np.broadcast_to(unsigned.view(np.int64), allowed.shape)
     if not allowed.all():
         keys = np.where(allowed, keys, _NEVER)
-    mask = np.empty_like(allowed)
-    for row, count in enumerate(np.count_nonzero(allowed, axis=1).tolist()):
-        wanted = masked_count(count, ratio)
-        np.less_equal(keys[row], _kth(keys[row], wanted, count), out=mask[row])
+    mask = keys <= _thresholds(keys, np.count_nonzero(allowed, axis=1), ratio)[:, None]
     mask &= allowed
     return mask
 
@@ -271,19 +268,25 @@ def _mix_on_cpu(state: np.ndarray) -> None:
     np.bitwise_xor(state, shifted, out=state)
 
 
-def _kth(keys: np.ndarray, wanted: int, count: int) -> int:
-    """The `wanted`-th smallest of `count` uniform keys, looked for where it almost surely is."""
-    if count < 1000:
-        return int(np.partition(keys, wanted - 1)[wanted - 1]) if wanted else -(1 << 63)
-    share = wanted / count
-    spread = 6 * math.sqrt(share * (1 - share) / count)
-    low, high = (
-        int(min(max(edge, 0.0), 1.0) * (_WORD - 2048)) - (1 << 63)
-        for edge in (share - spread, share + spread)
+def _thresholds(keys: np.ndarray, count_B: np.ndarray, ratio: float) -> np.ndarray:
+    """The K-th smallest of each row's `count_B` uniform keys, looked for where it almost surely is."""
+    wanted_B = np.array([masked_count(count, ratio) for count in count_B.tolist()])
+    share_B = wanted_B / np.maximum(count_B, 1)
+    spread_B = 6 * np.sqrt(share_B * (1 - share_B) / np.maximum(count_B, 1))
+    low_B1, high_B1 = (
+        (np.clip(edge_B, 0.0, 1.0) * (_WORD - 2048)).astype(np.uint64)[:, None] ^ np.uint64(1 << 63)
+        for edge_B in (share_B - spread_B, share_B + spread_B)
     )
-    below = int(np.count_nonzero(keys < low))
-    near = keys[(keys >= low) & (keys < high)]
-    if not below < wanted <= below + len(near):
-        return int(np.partition(keys, wanted - 1)[wanted - 1])
-    place = wanted - below - 1
-    return int(np.partition(near, place)[place])
+    low_B1, high_B1 = low_B1.view(np.int64), high_B1.view(np.int64)
+    is_near = keys >= low_B1
+    place_B = wanted_B - (keys.shape[1] - np.count_nonzero(is_near, axis=1)) - 1
+    is_near &= keys < high_B1
+    size_B = np.count_nonzero(is_near, axis=1)
+    near = np.full((len(keys), int(size_B.max(initial=0)) + 1), _NEVER)
+    near[np.arange(near.shape[1]) < size_B[:, None]] = keys[is_near]
+    near.sort(axis=1)
+    found = np.take_along_axis(near, np.clip(place_B, 0, near.shape[1] - 1)[:, None], axis=1)[:, 0]
+    found[wanted_B == 0] = -(1 << 63)
+    for row in np.flatnonzero((wanted_B > 0) & ((place_B < 0) | (place_B >= size_B))).tolist():
+        found[row] = np.partition(keys[row], wanted_B[row] - 1)[wanted_B[row] - 1]
+    return found

@@ -225,3 +225,15 @@ def test_each_mode_has_the_papers_share():
     assert MEAPOptions(mode="sft").ratio == 0.1
     assert MEAPOptions(mode="sft", mask_ratio=0.3).ratio == 0.3
     assert MEAPOptions.authors(mask_ratio=0.1).seed_cycle == 51
+
+
+@pytest.mark.parametrize("keys", ["uniform", "clustered"])
+def test_thresholds_are_exact_also_where_keys_lie_elsewhere_than_expected(keys):
+    draws = np.random.default_rng(0)
+    low, high = (-(1 << 63), (1 << 63) - 2) if keys == "uniform" else (1 << 60, (1 << 60) + 10**6)
+    many = draws.integers(low, high, (7, 3000))
+    many[3, 100:] = masking._NEVER  # not eligible
+    count_B = np.array([3000, 3000, 3000, 100, 3000, 3000, 3000])
+    found = masking._thresholds(many, count_B, 0.15)
+    expected = [np.sort(row)[int(0.15 * count) - 1] for row, count in zip(many, count_B, strict=True)]
+    assert found.tolist() == expected

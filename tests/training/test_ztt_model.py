@@ -17,6 +17,7 @@ from transformers import (
 
 from weightsmith.errors import CheckpointError, InputError
 from weightsmith.training import ZTTConfig, ZTTForCausalLM, resize_cycles
+from weightsmith.training.zero_token.exits import real_tokens
 from weightsmith.training.zero_token.options import extra_shapes, repeated_parameters
 from weightsmith.training.zero_token.passes import new_cache
 
@@ -242,6 +243,35 @@ def test_a_cache_changes_nothing(ids, left_padded, cycles, backend, kind):
     close(stepwise(net, ids, cache, left_padded), whole, left_padded)
     assert len(cache.layers) == net.config.num_hidden_layers == 2 + 2 * cycles
     assert {int(layer.get_seq_length()) for layer in cache.layers} == {7}
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("threshold", [None, -1.0, 0.2])
+@pytest.mark.parametrize("kinds", [None, ["full_attention", "sliding_attention"] * 2])
+def test_generate_takes_a_cache_of_fixed_length(ids, left_padded, threshold, kinds, backend):
+    net = model(
+        num_cycles=3,
+        physical_layer_types=kinds,
+        sliding_window=3 if kinds else None,
+        attn_implementation=backend,
+    )
+    options = {"max_new_tokens": 6, "do_sample": False, "exit_threshold": threshold}
+    found = [
+        net.generate(ids, attention_mask=left_padded, cache_implementation=kind, **options)
+        for kind in ("dynamic", "static")
+    ]
+    assert torch.equal(*found)
+
+
+def test_padding_is_known_by_the_masks_of_a_cache_of_fixed_length(left_padded):
+    net, tokens = model(num_cycles=2), left_padded.shape[1]
+    for make in (lambda mask: mask, lambda mask: torch.zeros(mask.shape).masked_fill(~mask, -1e30)):
+        sees = torch.ones(tokens, tokens + 5, dtype=torch.bool).tril() & torch.cat(
+            [left_padded.bool(), torch.ones(len(left_padded), 5, dtype=torch.bool)], dim=1
+        ).unsqueeze(1)
+        found = real_tokens({"full_attention": make(sees[:, None])}, tokens, 0)
+        assert torch.equal(found, left_padded.bool())
+    assert net.config.layer_types == ["full_attention"] * net.config.num_hidden_layers
 
 
 @torch.no_grad()

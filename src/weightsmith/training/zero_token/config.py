@@ -80,14 +80,12 @@ class ZTTConfig(LlamaConfig):
             raise InputError(f"zero_token_impl: expected {known}, found {self.zero_token_impl!r}")
         options.check(vars(self), self.num_physical_layers)
         self.num_hidden_layers = options.cache_slots(vars(self))
-        if self.physical_layer_types is not None:
-            if len(self.physical_layer_types) != self.num_physical_layers:
-                raise InputError(
-                    f"physical_layer_types: {len(self.physical_layer_types)} of {self.num_physical_layers} "
-                    "layers"
-                )
-            slots = [self.layer_of_slot(slot) for slot in range(self.num_hidden_layers)]
-            self.layer_types = [self.physical_layer_types[layer] for layer in slots]
+        given = self.physical_layer_types
+        if given is not None and len(given) != self.num_physical_layers:
+            raise InputError(f"physical_layer_types: {len(given)} of {self.num_physical_layers} layers")
+        types = given or ["full_attention"] * self.num_physical_layers
+        # `generate` makes the masks of a cache of fixed length by these.
+        self.layer_types = [types[self.layer_of_slot(slot)] for slot in range(self.num_hidden_layers)]
         super().__post_init__(**kwargs)
 
     @property

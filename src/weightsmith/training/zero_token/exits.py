@@ -14,6 +14,7 @@ Letters B rows, T tokens, V vocabulary, D width
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,8 +70,22 @@ def _entropy(log_BTV: Tensor) -> Tensor:
     return -(log_BTV.exp() * log_BTV).sum(-1)
 
 
-def real_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
-    """False for padding among the last `tokens` of a mask (B, S); None where it says nothing."""
+def real_tokens(attention_mask: Any, tokens: int, past: int | Tensor) -> Tensor | None:
+    """False for padding (B, T); None where nothing says what is.
+
+    Args:
+        attention_mask: (B, S), 0 for padding, or what `generate` makes of it for caches of fixed length: by
+            kind of layer what each token sees, bool or to be added, (B, 1, T, S).
+        tokens: T, the last of S, or of what was seen.
+        past: Tokens before them.
+    """
+    if isinstance(attention_mask, dict):
+        sees = attention_mask.get("full_attention", next(iter(attention_mask.values())))
+        if sees is None or tokens == 1:  # what is generated is no padding
+            return None
+        own_1T1 = (torch.arange(tokens, device=sees.device) + past)[None, :, None]
+        own_BT = sees[:, 0].gather(2, own_1T1.expand(len(sees), -1, 1))[..., 0]
+        return own_BT if own_BT.dtype == torch.bool else own_BT == 0  # only padding doesn't see itself
     if attention_mask is None or attention_mask.ndim != 2:
         return None
     return attention_mask[:, -tokens:].to(torch.bool)

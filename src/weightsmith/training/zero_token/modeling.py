@@ -195,7 +195,7 @@ class ZTTModel(ZTTPreTrainedModel):
             position_ids = _positions(states.shape[1], past, attention_mask, states.device)
         positions = self.rotary_emb(states, position_ids=position_ids)
         masks = self._masks(states, attention_mask, past_key_values, position_ids)
-        real = real_tokens(attention_mask, states.shape[1]) if threshold is not None else None
+        real = real_tokens(attention_mask, states.shape[1], past) if threshold is not None else None
         run = Pass(self, positions, masks, past_key_values, cycles, kwargs)
         if self.config.exit_kv == "none" and run.goes_on:
             cycles, threshold = run.held, None  # the prompt decided for all that follows it

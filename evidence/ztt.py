@@ -335,16 +335,16 @@ def table(results: Mapping[str, Any]) -> str:
         "",
         f"Seeds {', '.join(map(str, results['seeds']))}, {results['steps']} steps, width {WIDTH}, characters "
         "of Python's library. Nats a character on test text, mean (range) over seeds; operations of a "
-        "forward pass relative to V4. Each learning rate is the best of "
-        f"{', '.join(f'{rate:g}' for rate in results['rates'])} on calibration text with the first seed. "
-        "Made by `python evidence/ztt.py`.",
+        "forward pass relative to V4; median seconds on a core, beside other work. Each learning rate is "
+        f"the best of {', '.join(f'{rate:g}' for rate in results['rates'])} on calibration text with the "
+        "first seed. Made by `python evidence/ztt.py`.",
         "",
         "| arm | weights | operations | learning rate | seconds | test loss | attention to zero, by cycle |",
         "|---|---|---|---|---|---|---|",
     ]
     unit = column(runs, "V4", "flops_per_token")[0]
     for arm in ARMS:
-        losses = column(runs, arm, "test")
+        losses, seconds = column(runs, arm, "test"), column(runs, arm, "training_seconds")
         shares = [run.get("zero_attention") for run in runs if run["task"] == "text" and run["arm"] == arm]
         shown = (
             ", ".join(f"{statistics.fmean(s):.3f}" for s in zip(*shares, strict=True)) if shares[0] else ""
@@ -352,7 +352,7 @@ def table(results: Mapping[str, Any]) -> str:
         lines.append(
             f"| {arm} | {column(runs, arm, 'parameters')[0]:,} | "
             f"{column(runs, arm, 'flops_per_token')[0] / unit:.2f} | {column(runs, arm, 'lr')[0]:g} | "
-            f"{statistics.fmean(column(runs, arm, 'training_seconds')):.0f} | {spread(losses, 4)} | {shown} |"
+            f"{statistics.median(seconds):.0f} | {spread(losses, 4)} | {shown} |"
         )
     lines += ["", f"Judged: {summary['judged']}. Paired differences of test loss, by seed:", ""]
     for other, values in (*summary["paired"].items(), ("HTC 4/2 less V4", summary["htc_against_v4"])):

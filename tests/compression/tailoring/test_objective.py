@@ -63,6 +63,12 @@ def test_the_chosen_plan_has_the_least_mean_and_then_the_fewest_blends():
     assert choose([trial(7, 0.5, 0.5), trial(3, 0.5, 0.5)]).id == 3
 
 
+def test_scaled_costs_weigh_a_task_the_more_the_less_its_costs_differ():
+    trials = [trial(0, 0.30, 0.1), trial(1, 0.28, 0.4), trial(2, 0.27, 0.9)]
+    assert choose(trials).id == 0
+    assert choose(trials, "scaled_mean").id == 1
+
+
 def test_the_largest_cost_may_decide_instead():
     trials = [trial(0, 0.0, 0.7), trial(1, 0.4, 0.4), trial(2, 1.0, 0.0), trial(3, 0.0, 1.0)]
     assert choose(trials).id == 0
@@ -77,7 +83,7 @@ def test_a_function_may_choose_among_the_pareto_set_only():
     assert seen == [0, 2, 3]
     with pytest.raises(InputError, match="expected a place"):
         choose(trials, lambda front: 9)
-    with pytest.raises(InputError, match="mean, chebyshev"):
+    with pytest.raises(InputError, match="mean, scaled_mean, chebyshev"):
         choose(trials, "median")
 
 

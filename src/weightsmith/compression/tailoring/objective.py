@@ -4,8 +4,8 @@
     F(w)    max_t w_t g_t + rho sum_t w_t g_t,  g_t = f_t scaled to [0, 1] by the bounds seen so far
 
 Source  ParEGO (Knowles, 2006) as arXiv:2506.20480 uses it; rho is SMAC's default, the paper's was not visible
-        to us. The choice of the one reported plan is ours: least mean scaled cost; of equal ones the one with
-        fewer blends, then the earlier trial.
+        to us. The choice of the one reported plan is ours: least mean cost; of equal ones the one with fewer
+        blends, then the earlier trial. Scaled costs would weigh a task the more, the less its costs differ.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RHO = 0.05
 
 Costs = Sequence[float]
 Bounds = Sequence[tuple[float, float]]
-Select = Literal["mean", "chebyshev"] | Callable[[Sequence[Trial]], int]
+Select = Literal["mean", "scaled_mean", "chebyshev"] | Callable[[Sequence[Trial]], int]
 
 
 def bounds(costs: Sequence[Costs]) -> list[tuple[float, float]]:
@@ -70,8 +70,8 @@ def choose(trials: Sequence[Trial], select: Select = "mean") -> Trial:
 
     Args:
         trials: Finished trials.
-        select: "mean" or "chebyshev" (the largest) of the scaled costs, or a function from the Pareto set to
-            a place in it.
+        select: Least "mean" of the costs, least "scaled_mean", or least "chebyshev" (the largest scaled
+            cost); or a function from the Pareto set to a place in it.
 
     Raises:
         InputError: an unknown word, or a place that is not there.
@@ -84,11 +84,12 @@ def choose(trials: Sequence[Trial], select: Select = "mean") -> Trial:
         if place not in range(len(front)):
             raise InputError(f"select: returned {place!r}, expected a place in 0..{len(front) - 1}")
         return front[place]
-    if select not in ("mean", "chebyshev"):
-        raise InputError(f"select: {select!r}, expected mean, chebyshev or a function")
+    if select not in ("mean", "scaled_mean", "chebyshev"):
+        raise InputError(f"select: {select!r}, expected mean, scaled_mean, chebyshev or a function")
 
     def rank(trial: Trial) -> tuple[float, int, int]:
-        values = scaled(list(trial.costs.values()), limits)
+        values = list(trial.costs.values())
+        values = values if select == "mean" else scaled(values, limits)
         size = max(values) if select == "chebyshev" else sum(values) / len(values)
         # Sums of equal costs in another order may differ in the last bit.
         return round(size, 12), trial.configuration.num_merged, trial.id

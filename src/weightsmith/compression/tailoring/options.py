@@ -46,8 +46,9 @@ class TailorOptions:
     """`all` adds a start without the layers of least block influence to the paper's starts."""
     start_share: float = 0.3
     """Share of the trials that starts may take."""
-    select: Literal["mean", "chebyshev"] = "mean"
-    """Which plan of the Pareto set is reported: least mean or least maximum of the scaled costs."""
+    select: Literal["mean", "scaled_mean", "chebyshev"] = "mean"
+    """Which plan of the Pareto set is reported: the one with the least mean cost over tasks, or the least mean
+    or largest of costs scaled by the bounds seen."""
     rho: float = 0.05
     """Weight of the sum in ParEGO's norm."""
     early_stop: bool = True

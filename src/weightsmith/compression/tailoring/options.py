@@ -47,7 +47,7 @@ class TailorOptions:
     start_share: float = 0.3
     """Share of the trials that starts may take."""
     select: Literal["mean", "scaled_mean", "chebyshev"] = "mean"
-    """Which plan of the Pareto set is reported: the one with the least mean cost over tasks, or the least mean
+    """Which plan of the Pareto set is reported: that of the least mean cost over tasks, or of the least mean
     or largest of costs scaled by the bounds seen."""
     rho: float = 0.05
     """Weight of the sum in ParEGO's norm."""

@@ -339,6 +339,7 @@ METHODS: tuple[MethodCard, ...] = (
         "2502.12214",
         "zero_token.modeling:ZTTForCausalLM",
         "Run the middle layers several times over the same weights; leave early where they add nothing.",
+        verdict="not shown",
     ),
     _compression(
         "gptailor",

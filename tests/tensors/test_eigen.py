@@ -1,4 +1,5 @@
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Event
 
 import pytest
 import torch
@@ -70,14 +71,32 @@ def test_workers_side_by_side_find_the_same_bits():
 
 def test_lapack_has_one_thread_while_anybody_is_at_work():
     def threads():
-        return [library.num_threads for library in eigen._libraries().select(user_api="blas").lib_controllers]
+        return {library.num_threads for library in eigen._libraries()}
 
-    before = threads()
-    with eigen._one_thread:
-        with eigen._one_thread:
-            assert set(threads()) == {1}
-        assert set(threads()) == {1}
-    assert threads() == before
+    def work(arrive, leave):
+        with one_thread():
+            arrive.wait()
+            found = threads()
+            leave.wait()
+        return found
+
+    before = [library.num_threads for library in eigen._libraries()]
+    eigen._set_threads([2] * len(before))
+    try:
+        leading_eigenpairs(symmetric(20), 3)
+        assert threads() == {2}
+        for _ in range(2):  # threads that come and go, after this one has set a number
+            together, first, second = Barrier(2), Event(), Event()
+            with ThreadPoolExecutor(2) as pool:
+                jobs = [pool.submit(work, together, leave) for leave in (first, second)]
+                first.set()
+                assert jobs[0].result() == {1}
+                assert threads() == {1}
+                second.set()
+                assert jobs[1].result() == {1}
+            assert threads() == {2}
+    finally:
+        eigen._set_threads(before)
 
 
 def test_an_error_of_lapack_is_raised():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def _lapack(matrix: Tensor, number: int) -> tuple[Tensor, Tensor]:
     vectors = matrix.new_empty(size, size)
     places = torch.empty(3 + 5 * size, dtype=torch.int32)
     spaces = (work, len(work), places, len(places))
-    with _one_thread:
+    with one_lapack_thread:
         _call(letter + b"sytrd", b"L", size, reduced, size, values, beside, scales, block, len(block))
         _call(letter + b"stedc", b"I", size, values, beside, vectors, size, *spaces)
     wanted = vectors[size - number :].mT
@@ -104,27 +104,40 @@ class _OneThread:
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
-        self._limit: Any = None
+        self._before: list[int] = []
 
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                self._limit = _libraries().limit(limits=1, user_api="blas")
+                self._before = [library.num_threads for library in _libraries()]
+                _set_threads([1] * len(self._before))
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                self._limit.restore_original_limits()
+                _set_threads(self._before)
 
 
-_one_thread = _OneThread()
+one_lapack_thread = _OneThread()
 
 
 @functools.cache
-def _libraries() -> Any:
+def _libraries() -> list[Any]:
+    """What controls the BLAS libraries of this process."""
     from scipy.linalg import cython_lapack  # noqa: F401  # only loaded libraries are found
     from threadpoolctl import ThreadpoolController
 
-    return ThreadpoolController()
+    return ThreadpoolController().select(user_api="blas").lib_controllers
+
+
+def _set_threads(numbers: Sequence[int]) -> None:
+    from threadpoolctl import OpenBLASController
+
+    # OpenBLAS has one number for all threads, and threadpoolctl lets but the first thread set it: here the
+    # last to leave need not be the first that came.
+    OpenBLASController.clear_controlling_thread(force=True)
+    for library, number in zip(_libraries(), numbers, strict=True):
+        library.set_num_threads(number)
+    OpenBLASController.clear_controlling_thread(force=True)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from weightsmith.errors import InputError
-from weightsmith.tensors.eigen import leading_eigenpairs
+from weightsmith.tensors.eigen import leading_eigenpairs, one_lapack_thread
 
 DROP = 1e-6
 """Singular values at or below this share of the largest are rounding, not directions."""
@@ -185,7 +185,7 @@ def stable_rank(values: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Hold torch to one intra-op thread: how sums are split over threads shows in their last bits.
+    """Hold torch and LAPACK to one thread: how sums are split over threads shows in their last bits.
 
     Several workers may be inside at once; the last one out restores what was set before.
     """
@@ -197,7 +197,8 @@ def one_thread() -> Iterator[None]:
     # Every entrant sets it: OpenMP keeps the number per thread.
     torch.set_num_threads(1)
     try:
-        yield
+        with one_lapack_thread:
+            yield
     finally:
         with _lock:
             _inside -= 1

@@ -216,13 +216,13 @@ class _Timed:
 
 
 def measured(
-    models: Sequence[Path], setting: str, trials: int, num_rounds: int, cores: int
+    models: Sequence[Path], setting: str, trials: int, num_rounds: int, num_cores: int
 ) -> dict[str, Any]:
     """One setting, on so many cores."""
-    torch.set_num_threads(cores)
+    torch.set_num_threads(num_cores)
     rounds = []
     for seed in range(num_rounds):
-        ours = search(models, setting, trials, seed, workers=cores)
+        ours = search(models, setting, trials, seed, workers=num_cores)
         begun = time.perf_counter()
         ours.run()
         ours_seconds = time.perf_counter() - begun
@@ -236,9 +236,9 @@ def measured(
                 "loop_outside": loop_outside,
             }
         )
-        print(f"{setting}, {cores} cores: {rounds[-1]}", file=sys.stderr, flush=True)
+        print(f"{setting}, {num_cores} cores: {rounds[-1]}", file=sys.stderr, flush=True)
     ratios = sorted(one["loop"] / one["ours"] for one in rounds)
-    return {"cores": cores, "rounds": rounds, "ratio": statistics.median(ratios), "ratios": ratios}
+    return {"cores": num_cores, "rounds": rounds, "ratio": statistics.median(ratios), "ratios": ratios}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 Problem  A full SVD of every task's change is what makes singular-vector merging slow, and only the top of
          each is used.
-Method   Leading left vectors are those of the Gram matrix of the smaller side (`eigh`), or lie in a random
+Method   Leading left vectors are those of the Gram matrix of the smaller side (`eigen`), or lie in a random
          sketch with one power step where the rank is below a quarter of that side and the matrix really is of
          so low a rank. Right vectors follow by one product; a Rayleigh-Ritz step in the small space, its Gram
          matrix summed in fp64, makes triplets of vectors that are not yet exact.

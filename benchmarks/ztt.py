@@ -12,7 +12,8 @@
                 cycles: the gain, as a share of what the skipped layers would give if they cost nothing.
                 Later tokens read their keys and values, once for all cycles of a layer: `propagate` projects
                 them, which takes a sixth of a layer's weights where every query head has a key head (0.83 of
-                the ideal is left), a twentieth with one for four (0.95); `copy` copies the last ones
+                the ideal is left), a twentieth with one for four (0.95); `copy` copies the last ones. Small
+                operations, which don't get smaller with the layers, are a larger part at width 512
 
 Contestants take turns on the same inputs, after their results were compared; medians of ratios. One thread.
 """
@@ -224,7 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "model": model(width, rounds),
         "cache": cache(20 if quick else 2000, rounds),
         **{
-            f"exit, {heads}, {kind}": leaving(width, 4 if quick else 48, rounds, number, kind)
+            f"exit, width {wide}, {heads}, {kind}": leaving(wide, 4 if quick else 48, rounds, number, kind)
+            for wide in (width, 2 * width)
             for heads, number in (("a key head each", 8), ("a key head for four", 2))
             for kind in ("propagate", "copy")
         },

@@ -7,9 +7,10 @@ Three problems, all pruned to 2:4, the test split never looked at before the end
     model        all linear layers of that base, some 330,000 groups: reported as it falls, no criterion
 
 Arms: dense, magnitude, Wanda, RIA, SparseGPT (its mask alone, and with its update), SparseSwaps, MaskPro from
-magnitude, from Wanda and from SparseSwaps, and with `certainty: 3`, all with as many steps, at the rate that
-`lr: auto` gives on the first. Ablations on the digits: the residual without tracker, the tracker without
-residual, the plain loss, the published scale of 10, and all of these but the scale on small batches of 16.
+magnitude and from Wanda, on digits and model also from SparseSwaps and with `certainty: 3`, all with as many
+steps, at the rate that `lr: auto` gives on the first. Ablations on the digits: the residual without tracker,
+the tracker without residual, the plain loss, the published scale of 10, and all of these but the scale on
+small batches of 16.
 
 What might move masks of 10^5 groups, on the whole model, from Wanda: four masks a step in a quarter of the
 steps; and an error in place of the loss, that of each matrix's outputs on the layer's inputs, or of each of
@@ -61,7 +62,7 @@ from weightsmith.testbed.alphabet import encode
 from weightsmith.training.bed import bed
 
 DIGITS = Path(__file__).parent / "data" / "digits.npz"
-LAYER = "model.layers.3.self_attn.q_proj"
+LAYER = 3
 ONE_SHOT: dict[str, Any] = {
     "magnitude": MagnitudeOptions,
     "Wanda": WandaOptions,
@@ -71,9 +72,8 @@ ONE_SHOT: dict[str, Any] = {
     "SparseSwaps": SparseSwapsOptions,
 }
 MAIN = "MaskPro from magnitude"
-STARTS: dict[str, dict[str, Any]] = {
-    MAIN: {},
-    "MaskPro from Wanda": {"init": "wanda"},
+STARTS: dict[str, dict[str, Any]] = {MAIN: {}, "MaskPro from Wanda": {"init": "wanda"}}
+FURTHER: dict[str, dict[str, Any]] = {
     "MaskPro from SparseSwaps": {"init": "sparseswaps"},
     "MaskPro from magnitude, certainty 3": {"certainty": 3.0},
 }
@@ -303,8 +303,8 @@ def text_rows(split: str, count: int, length: int = 96) -> Tensor:
     return torch.cat(rows)
 
 
-def language_loss(model: nn.Module, rows: Any) -> Tensor:
-    return model(input_ids=rows, labels=rows, use_cache=False).loss
+def language_loss(model: nn.Module, batch: Any) -> Tensor:
+    return model(**batch, use_cache=False).loss
 
 
 def language_problem(seed: int, amount: Amount, one_layer: bool, cache: Path | None) -> Problem:
@@ -315,15 +315,36 @@ def language_problem(seed: int, amount: Amount, one_layer: bool, cache: Path | N
     model = AutoModelForCausalLM.from_pretrained(made.base).eval()
     rows = text_rows("train", 16 * amount.batch)
     mixed = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
-    held = text_rows("test", amount.rows)
+    batches = [{"input_ids": part, "labels": part} for part in mixed.split(amount.batch)]
+    held = [{"input_ids": part, "labels": part} for part in text_rows("test", amount.rows).split(64)]
+    choice, steps = {}, amount.model_steps
+    if one_layer:
+        # No mask changes what comes before the layer: it is computed once.
+        batches, held = ([_from_layer(model, batch) for batch in some] for some in (batches, held))
+        for number in range(LAYER):
+            model.model.layers[number] = Nothing().eval()
+        choice, steps = {"targets": (f"model.layers.{LAYER}.self_attn.q_proj",)}, amount.layer_steps
 
     @torch.no_grad()
     def judge(pruned: nn.Module) -> dict[str, float]:
-        return {"test": statistics.fmean(float(language_loss(pruned, part)) for part in held.split(64))}
+        return {"test": statistics.fmean(float(language_loss(pruned, part)) for part in held)}
 
-    choice = {"targets": (LAYER,)} if one_layer else {}
-    steps = amount.layer_steps if one_layer else amount.model_steps
-    return Problem(model, list(mixed.split(amount.batch)), language_loss, judge, choice, steps)
+    return Problem(model, batches, language_loss, judge, choice, steps)
+
+
+class Nothing(nn.Module):
+    """Stands where a layer's work is done already."""
+
+    def forward(self, states: Tensor, **kwargs: Any) -> Tensor:
+        """The states as they are."""
+        return states
+
+
+@torch.no_grad()
+def _from_layer(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch as states in front of the layer."""
+    states = model.model(batch["input_ids"], use_cache=False, output_hidden_states=True).hidden_states[LAYER]
+    return {"inputs_embeds": states, "labels": batch["labels"]}
 
 
 def measure(
@@ -346,10 +367,10 @@ def measure(
             for name in ONE_SHOT:
                 arms[name] = unit(f"{place} {name}", lambda p=problem, n=name: one_shot(p, n))
             rate = unit(f"{place} rate", lambda p=problem: rate_of(p))["rate"]
-            plans = dict(STARTS)
+            plans = STARTS if kind == "projection" else STARTS | FURTHER
             if kind == "model":
                 many = {"samples_per_step": MANY, "steps": problem.steps // MANY}
-                plans[f"MaskPro from Wanda, {MANY} masks a step"] = {"init": "wanda", **many}
+                plans |= {f"MaskPro from Wanda, {MANY} masks a step": {"init": "wanda", **many}}
                 for name, each in CREDITS.items():
                     arms[f"MaskPro from Wanda, {name}"] = unit(
                         f"{place} {name}", lambda p=problem, e=each: credited(p, e, amount.credit_steps)

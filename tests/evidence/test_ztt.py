@@ -67,9 +67,11 @@ def test_the_benchmark_runs_and_its_contestants_agree(tmp_path):
         "attention, forward and backward",
         "model",
         "cache",
-        "exit, a key head each, propagate",
-        "exit, a key head each, copy",
-        "exit, a key head for four, propagate",
-        "exit, a key head for four, copy",
+        *(
+            f"exit, width {width}, {heads}, {kind}"
+            for width in (64, 128)
+            for heads in ("a key head each", "a key head for four")
+            for kind in ("propagate", "copy")
+        ),
     }
-    assert sections["exit, a key head each, copy"]["ideal_gain"] > 2
+    assert sections["exit, width 128, a key head each, copy"]["ideal_gain"] > 2

@@ -30,8 +30,8 @@ class Characters:
     def get_vocab(self):
         return alphabet.VOCABULARY
 
-    def __call__(self, text, **options):
-        return {"input_ids": alphabet.encode(text).tolist()}
+    def __call__(self, texts, **options):
+        return {"input_ids": [alphabet.encode(text).tolist() for text in texts]}
 
 
 class Words:
@@ -45,8 +45,11 @@ class Words:
     def get_vocab(self):
         return self.ids
 
-    def __call__(self, text, **options):
-        return {"input_ids": [self.ids.setdefault(word, len(self.ids)) for word in text.split()]}
+    def __call__(self, texts, **options):
+        known = self.ids
+        return {
+            "input_ids": [[known.setdefault(word, len(known)) for word in text.split()] for text in texts]
+        }
 
 
 def decoded(ids):

@@ -12,6 +12,7 @@ continues from its checkpoint reads what it would have read.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
@@ -21,9 +22,8 @@ import numpy as np
 from weightsmith.errors import InputError
 from weightsmith.runs.seeds import derive
 from weightsmith.testbed import alphabet, domains, skills, tasks
+from weightsmith.training.encoding import IGNORED, fitting, token_ids
 from weightsmith.training.sources import DataSource
-
-IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 
 Data = str | DataSource | Sequence[str | DataSource]
 Split = Literal["train", "calibration"]
@@ -243,8 +243,8 @@ def _window_source(
             raise InputError(f"data `{data.source}`: skills need a model with the test-bed's tokenizer")
         return SkillQuestions((data.source,), length, seed, split)
     if data.prompt is not None:
-        pairs = ((_ids(tokenizer, prompt), _ids(tokenizer, answer)) for prompt, answer in data.pairs())
-        return PackedPairs(pairs, length, eos, seed)
+        ids = token_ids(tokenizer, itertools.chain.from_iterable(data.pairs()))
+        return PackedPairs(zip(ids, ids, strict=True), length, eos, seed)
     return PackedText(_joined(data.texts(), tokenizer, eos, character_level), length, seed)
 
 
@@ -252,16 +252,11 @@ def _joined(texts: Iterable[str], tokenizer: Any, eos: int, character_level: boo
     """Token ids of all texts, the end token after each, as uint32 (uint8 for the bed's tokenizer)."""
     pieces: list[np.ndarray] = []
     end = np.array([eos], np.uint8 if character_level else np.uint32)
-    for text in texts:
-        # A look-up gives the ids of the bed's tokenizer without the seconds that it takes for megabytes.
-        ids = alphabet.encode(text) if character_level else np.array(_ids(tokenizer, text), np.uint32)
-        pieces += [ids, end]
+    # A look-up gives the ids of the bed's tokenizer without the seconds that it takes for megabytes.
+    found = map(alphabet.encode, texts) if character_level else token_ids(tokenizer, texts)
+    for ids in found:
+        pieces += [np.asarray(ids, end.dtype), end]
     return np.concatenate(pieces)
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    # `verbose` off: documents may be longer than the model's window, they are cut afterwards.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _fill(first: Pair, more: Iterator[Pair], length: int) -> tuple[list[Pair], Pair | None]:
@@ -280,8 +275,7 @@ def _fill(first: Pair, more: Iterator[Pair], length: int) -> tuple[list[Pair], P
 def _pair_window(pairs: list[Pair], length: int, eos: int) -> tuple[np.ndarray, np.ndarray]:
     ids, labels = [eos], [IGNORED]
     for prompt, answer in pairs:
-        answer = list(answer[: length - 2])
-        prompt = list(prompt[max(0, len(prompt) + len(answer) + 2 - length) :])
+        prompt, answer = fitting(prompt, answer, length - 2)
         ids += [*prompt, *answer, eos]
         labels += [IGNORED] * len(prompt) + [*answer, eos]
     return _padded(np.array(ids, np.int64), np.array(labels, np.int64), length, eos)

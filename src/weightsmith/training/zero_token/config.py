@@ -100,11 +100,12 @@ class ZTTConfig(LlamaConfig):
 
     def slot(self, layer: int, cycle: int = 0, cycles: int | None = None) -> int:
         """The cache's place of a layer in a cycle, in a cache for `cycles` of them."""
-        shared = self.exit_kv == "share"
-        cycles = 1 if shared else cycles or self.num_cycles
-        if layer in self.middle:
-            return layer if shared else layer + cycle * len(self.middle)
-        return layer if layer < self.num_head_layers else layer + (cycles - 1) * len(self.middle)
+        shared, middle = self.exit_kv == "share", self.middle
+        if layer in middle:
+            return layer if shared else layer + cycle * len(middle)
+        if layer < middle.start or shared:
+            return layer
+        return layer + ((cycles or self.num_cycles) - 1) * len(middle)
 
     def layer_of_slot(self, slot: int) -> int:
         """The layer whose keys a place of the cache holds."""

@@ -15,8 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
-    apply_rotary_pos_emb,
     eager_attention_forward,
+    rotate_half,
 )
 
 from weightsmith.training.zero_token import options
@@ -84,6 +84,10 @@ class ZTTAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=bool(config.attention_output_bias))
+        # Attributes of a config pass through several layers of Python; those that don't change are read once.
+        self.qk_norm = config.qk_norm
+        self.hidden_keys = config.zero_key_space == "hidden"
+        self.scores_rotated = config.zero_query == "post_rope"
         if config.qk_norm:
             self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
@@ -91,14 +95,13 @@ class ZTTAttention(nn.Module):
     def heads(self, projection: nn.Linear, states_BTD: Tensor) -> Tensor:
         """(B, heads, T, head width) of one projection, normalised where the model does that."""
         split = projection(states_BTD).unflatten(-1, (-1, self.head_dim))
-        if self.config.qk_norm and projection is not self.v_proj:
+        if self.qk_norm and projection is not self.v_proj:
             split = (self.q_norm if projection is self.q_proj else self.k_norm)(split)
         return split.transpose(1, 2)
 
     def keys_and_values(self, states_BTD: Tensor, positions: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """What a token leaves for those after it."""
-        keys = self.heads(self.k_proj, states_BTD)
-        return apply_rotary_pos_emb(keys, keys, *positions)[1], self.heads(self.v_proj, states_BTD)
+        return _rotated(self.heads(self.k_proj, states_BTD), *positions), self.heads(self.v_proj, states_BTD)
 
     def forward(
         self,
@@ -139,7 +142,7 @@ class ZTTAttention(nn.Module):
             if isinstance(attention_mask, Tensor) and attention_mask.shape[0] > 1:
                 attention_mask = attention_mask[rows]
         plain = self.heads(self.q_proj, states_BTD)
-        queries = apply_rotary_pos_emb(plain, plain, *position_embeddings)[0]
+        queries = _rotated(plain, *position_embeddings)
         dropout = self.attention_dropout if self.training else 0.0
         backend = self.config._attn_implementation or "eager"
         if zero is None:
@@ -151,9 +154,9 @@ class ZTTAttention(nn.Module):
             )
             return self.o_proj(out.flatten(2)), weights, None
         key, bias = zero
-        if self.config.zero_key_space == "hidden":
+        if self.hidden_keys:
             key = self.heads(self.k_proj, key[None, None])[0, :, 0]
-        query = queries if self.config.zero_query == "post_rope" else plain
+        query = queries if self.scores_rotated else plain
         found = zero_attention(
             queries,
             keys,
@@ -195,3 +198,8 @@ class ZTTDecoderLayer(GradientCheckpointingLayer):
         change = self.mlp(self.post_attention_layernorm(states))
         states = states + (change if open_BT1 is None else open_BT1 * change)
         return (states if rows is None else states_BTD.index_copy(0, rows, states)), share
+
+
+def _rotated(x_BHTK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
+    """Rotary embedding of queries or keys alone; transformers' function wants both."""
+    return x_BHTK * cos_BTK.unsqueeze(1) + rotate_half(x_BHTK) * sin_BTK.unsqueeze(1)

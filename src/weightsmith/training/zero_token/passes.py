@@ -37,30 +37,28 @@ class Pass:
         kwargs: dict[str, Any],
     ) -> None:
         self.config, self.positions, self.masks = model.config, positions, masks
+        # Attributes of a config pass through several layers of Python; what every layer asks is read once.
+        self._middle, self._shares = model.config.middle, model.config.exit_kv == "share"
         self.cache, self.kwargs = cache, kwargs
         self.held, self.goes_on = cycles, False
         if cache is not None:
             self.held, self.goes_on = _held_cycles(cache, self.config, cycles)
-        if cache is not None and self.config.exit_kv == "share":
+        if cache is not None and self._shares:
             logger.warning_once(
                 "exit_kv share: a pass with a cache sees the last cycle of earlier tokens, one without sees "
                 "the same cycle; their results differ, and training is without"
             )
+        self._places = max(model.config.num_cycles, self.held)
         self._keeps = cache is not None and self.config.exit_kv == "copy"
         self._last: dict[int, tuple[Tensor, ...]] = {}
         self._left: Tensor | None = None
 
-    @property
-    def places(self) -> int:
-        """Cycles that the cache has places for."""
-        return max(self.config.num_cycles, self.held)
-
     def start_cycle(self, cycle: int, active: Tensor | None) -> None:
         """Note who has left; a shared place forgets these tokens' keys of the cycle before."""
         self._left = None if active is None else ~active
-        if cycle and self.cache is not None and self.config.exit_kv == "share":
+        if cycle and self.cache is not None and self._shares:
             tokens = self.positions[0].shape[1]
-            for layer in self.config.middle:
+            for layer in self._middle:
                 place: Any = self.cache.layers[self.config.slot(layer)]
                 if not getattr(place, "is_croppable", False):
                     raise InputError(
@@ -81,7 +79,7 @@ class Pass:
         attention = layer.self_attn
         number = attention.layer_idx
         given = None
-        if self._keeps and number in self.config.middle:
+        if self._keeps and number in self._middle:
             given = self._keys_and_values(layer, states)
             if self._left is not None:
                 left = self._left[:, None, :, None]
@@ -93,7 +91,7 @@ class Pass:
             position_embeddings=self.positions,
             attention_mask=self.masks[attention.is_sliding, zero is not None],
             past_key_values=self.cache,
-            slot=self.config.slot(number, cycle, self.places),
+            slot=self.config.slot(number, cycle, self._places),
             zero=zero,
             rows=rows,
             given=given,
@@ -104,7 +102,7 @@ class Pass:
 
     def fill(self, middle: Sequence[ZTTDecoderLayer], states: Tensor, done: int, used: Tensor) -> None:
         """Keys and values for the cycles that no token ran: places of a cache are never of unequal length."""
-        if self.cache is None or self.config.exit_kv == "share":
+        if self.cache is None or self._shares:
             return
         if self.config.exit_kv == "none":
             self.cache.ztt_cycles = done
@@ -115,7 +113,7 @@ class Pass:
             number = layer.self_attn.layer_idx
             pair = self._last.get(number) or self._keys_and_values(layer, states)
             for cycle in range(done, self.held):
-                self.cache.update(*pair, self.config.slot(number, cycle, self.places))
+                self.cache.update(*pair, self.config.slot(number, cycle, self._places))
 
     def _keys_and_values(self, layer: ZTTDecoderLayer, states: Tensor) -> tuple[Tensor, ...]:
         # Not a call of the layer, which is what FSDP2 gathers its weights for.

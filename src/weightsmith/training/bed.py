@@ -42,7 +42,10 @@ Mixture = Literal["domains", "all"]
 REPLAY: Mapping[Flavour, float] = {"mild": 0.25, "hard": 0.0}
 JOINT = "joint"
 # What decides a checkpoint's weights besides the test-bed's own code.
-_CODE = ("bed.py", "callbacks.py", "data.py", "loop.py", "skill_base.py", "sources.py", "trainer.py")
+_CODE = tuple(
+    f"{name}.py"
+    for name in ("bed", "callbacks", "data", "encoding", "loop", "skill_base", "sources", "trainer")
+)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,15 @@ import random
 
 import pytest
 
-from weightsmith.compression.tailoring.objective import bounds, choose, parego, pareto, scaled, simplex
+from weightsmith.compression.tailoring.objective import (
+    bounds,
+    choose,
+    draw_aim,
+    parego,
+    pareto,
+    scaled,
+    simplex,
+)
 from weightsmith.compression.tailoring.space import Configuration
 from weightsmith.compression.tailoring.trials import Trial
 from weightsmith.errors import InputError
@@ -85,6 +93,23 @@ def test_a_function_may_choose_among_the_pareto_set_only():
         choose(trials, lambda front: 9)
     with pytest.raises(InputError, match="mean, scaled_mean, chebyshev"):
         choose(trials, "median")
+
+
+@pytest.mark.parametrize(("select", "wanted"), [("mean", 0.5), ("scaled_mean", 0.75), ("chebyshev", 1.0)])
+def test_most_aims_are_what_the_plan_is_chosen_by_and_the_others_parego(select, wanted):
+    rng, limits, costs = random.Random(0), [(0.0, 0.4), (0.0, 1.2)], [0.4, 0.6]
+    found = [draw_aim(rng, limits, select)(costs) for _ in range(2000)]
+    assert sum(value == pytest.approx(wanted) for value in found) == pytest.approx(1200, abs=80)
+    assert len({round(value, 9) for value in found}) > 700
+    only_front = [draw_aim(rng, limits, lambda front: 0)(costs) for _ in range(200)]
+    assert len(set(only_front)) == 200
+
+
+def test_one_task_has_one_order():
+    rng = random.Random(0)
+    for _ in range(20):
+        aim = draw_aim(rng, [(0.2, 0.7)], "mean")
+        assert aim([0.3]) < aim([0.4]) < aim([0.9])
 
 
 def test_bounds_are_those_of_each_task():

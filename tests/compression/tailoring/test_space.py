@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -138,13 +139,19 @@ def test_the_orders_begin_where_their_names_say():
     assert [layer >= 16 for layer in orders["alternating"][:6]] == [True, False] * 3
 
 
-def test_few_starts_keep_the_one_by_influence_and_the_bases():
+def test_few_starts_keep_those_by_influence_and_the_bases():
     space = Space(depth=8, num_dropped=2, num_candidates=3)
-    influence = [0.9, 0.1, 0.8, 0.7, 0.05, 0.6, 0.5, 0.9]
-    found = starts(space, influence, limit=10)
+    influences = [
+        [0.9, 0.1, 0.8, 0.7, 0.05, 0.6, 0.5, 0.9],
+        *np.random.default_rng(0).random((3, 8)).tolist(),
+    ]
+    found = starts(space, influences, limit=10)
     assert len(found) == len(set(found)) == 10
-    assert found[0].dropped == (1, 4)
+    for number, (one, influence) in enumerate(zip(found[:4], influences, strict=True)):
+        assert set(one.dropped) == set(np.argsort(influence)[:2].tolist())
+        assert {layer.sources for layer in one.layers} == {(number,) if number else ()}
     assert sum(not any(layer.sources for layer in one.layers) for one in found) == 4
+    assert starts(space, influences, limit=3) == found[:3]
 
 
 def test_starts_without_blends_have_none():

@@ -1,14 +1,15 @@
 """Who decides what is tried next: one protocol, ask and tell, over configurations and budgets.
 
 Racing    Hyperband: brackets s = s_max .. 0 of n0 = ceil((s_max + 1) / (s + 1) eta^s) configurations; each
-          rung keeps the best 1/eta by ParEGO's norm with weights drawn anew, and gives them eta times the
-          examples. Who fills a bracket is a sampler: `evolution`, `random`, or Optuna's TPE.
+          rung keeps 1/eta, each the best by an aim of its own (`objective.draw_aim`), and gives them eta
+          times the examples. Who fills a bracket is a sampler: `evolution`, `random`, or Optuna's TPE. The
+          starts are a bracket of their own, the first.
 SMAC      has brackets and scalarisation of its own: the paper's setting, `smac.py`.
 
 What is asked depends on the seed and on what was told, never on how many workers there are or who is first.
 
-Source  arXiv:2506.20480 (SMAC3 with Hyperband and ParEGO); Hyperband: arXiv:1603.06560. Ours: the best starts
-        go through the first bracket, so that a good one is measured at every budget.
+Source  arXiv:2506.20480 (SMAC3 with Hyperband and ParEGO); Hyperband: arXiv:1603.06560. Ours: the aim and the
+        bracket of starts, so that good ones are measured at every budget.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from weightsmith.compression.tailoring.objective import RHO, bounds, parego, pareto, scaled, simplex
+from weightsmith.compression.tailoring.objective import RHO, Aim, Select, bounds, draw_aim
 from weightsmith.compression.tailoring.space import Configuration
 from weightsmith.compression.tailoring.trials import Trial
 
+PARENTS = 4
+"""So many of the best at the highest rung have children."""
 _STALE_ROUNDS = 20
 """Rounds of brackets in a row that ask for nothing new, after which there is nothing new to find."""
 
@@ -79,49 +82,31 @@ class History:
         """Bounds of each task's cost."""
         return bounds([list(trial.costs.values()) for trial in self.trials.values()])
 
-    def best(self, trials: Sequence[Trial], count: int, weights: Sequence[float], rho: float) -> list[Trial]:
-        """The `count` of least norm, ties to the earlier; those that were given up come last."""
-        limits = self.limits()
+    def best(self, trials: Sequence[Trial], count: int, aim: Aim) -> list[Trial]:
+        """The `count` that the aim likes best, ties to the earlier; those that were given up come last."""
         return sorted(
-            trials,
-            key=lambda trial: (
-                trial.status == "stopped",
-                parego(list(trial.costs.values()), weights, limits, rho),
-                trial.id,
-            ),
+            trials, key=lambda trial: (trial.status == "stopped", aim(list(trial.costs.values())), trial.id)
         )[:count]
 
-    def elite(self, cap: int = 16) -> list[Configuration]:
-        """The best of each task and the Pareto set, at the highest budget that was reached."""
+    def parents(self, aim: Aim) -> list[Configuration]:
+        """The few that an aim likes best at the highest budget that was reached."""
         sound = [trial for trial in self.trials.values() if trial.status == "ok"]
-        if not sound:
-            return []
-        reached = max(trial.budget for trial in sound)
-        trials = sorted((trial for trial in sound if trial.budget == reached), key=lambda trial: trial.id)
-        costs = [list(trial.costs.values()) for trial in trials]
-        limits = bounds(costs)
-        places = dict.fromkeys(
-            min(range(len(trials)), key=lambda place: (costs[place][task], place))
-            for task in range(len(costs[0]))
-        )
-        front = sorted(pareto(costs), key=lambda place: (sum(scaled(costs[place], limits)), place))
-        places.update(dict.fromkeys(front))
-        return [trials[place].configuration for place in list(places)[:cap]]
+        reached = max((trial.budget for trial in sound), default=0)
+        highest = [trial for trial in sound if trial.budget == reached]
+        return [trial.configuration for trial in self.best(highest, PARENTS, aim)]
 
 
 class Sampler(Protocol):
     """Fills brackets."""
-
-    def start(self, trials: Sequence[Trial]) -> None:
-        """Told the starts and what came of them, before anything is proposed."""
-        ...
 
     def propose(self, count: int, budget: int) -> list[Configuration]:
         """Up to `count` configurations to begin a bracket with at `budget`."""
         ...
 
     def learn(self, trials: Sequence[Trial]) -> None:
-        """Told, after a bracket, each of its configurations at the highest budget it reached."""
+        """Told, after a bracket, each of its configurations at the highest budget it reached; at first the
+        starts.
+        """
         ...
 
 
@@ -134,8 +119,8 @@ class Racing:
         starts: What is tried first.
         rungs: Budgets, ascending.
         eta: As in `TailorOptions`.
-        num_tasks: T.
-        rng: Draws the weights of the norm.
+        rng: Draws the aims.
+        select: As in `draw_aim`.
         rho: As in `TailorOptions`.
         generation: Configurations of a bracket where there is one rung.
     """
@@ -147,15 +132,15 @@ class Racing:
         starts: Sequence[Configuration],
         rungs: Sequence[int],
         *,
-        num_tasks: int,
         rng: random.Random,
+        select: Select = "mean",
         eta: int = 3,
         rho: float = RHO,
         generation: int = 8,
     ) -> None:
         self._sampler, self._history, self._starts = sampler, history, list(starts)
         self._rungs, self._eta, self._rho, self._generation = tuple(rungs), eta, rho, generation
-        self._num_tasks, self._rng = num_tasks, rng
+        self._select, self._rng = select, rng
         self._rounds = self._play()
         self._told: list[Trial] | None = None
 
@@ -171,32 +156,41 @@ class Racing:
         self._told = list(trials)
 
     def _play(self) -> Generator[list[Request], list[Trial], None]:
-        rungs, eta = self._rungs, self._eta
-        last = len(rungs) - 1
-        seeds: list[Trial] = []
         if self._starts:
-            seeds = yield self._rung(self._starts, rungs[0], self._count(last))
-            self._history.add(seeds)
-            self._sampler.start(seeds)
+            yield from self._race(self._starts, self._rungs)
+        last = len(self._rungs) - 1
         stale = 0
         while stale < _STALE_ROUNDS:
             stale += 1
             for bracket in range(last, -1, -1):
-                count = self._count(bracket)
-                if seeds:
-                    group = [trial.configuration for trial in self._best(seeds, count)]
-                    seeds = []
-                else:
-                    group = self._sampler.propose(count, rungs[last - bracket])
-                highest: dict[str, Trial] = {}
-                for budget in rungs[last - bracket :]:
-                    if not group:
-                        break
-                    trials = yield self._rung(group, budget, max(1, len(group) // eta))
-                    stale = 0 if self._history.add(trials) else stale
-                    highest.update((trial.configuration.key, trial) for trial in trials)
-                    group = [trial.configuration for trial in self._best(trials, max(1, len(trials) // eta))]
-                self._sampler.learn(list(highest.values()))
+                rungs = self._rungs[last - bracket :]
+                group = self._sampler.propose(self._count(bracket), rungs[0])
+                found_new = yield from self._race(group, rungs)
+                stale = 0 if found_new else stale
+
+    def _race(
+        self, group: list[Configuration], rungs: Sequence[int]
+    ) -> Generator[list[Request], list[Trial], bool]:
+        """A bracket; whether it brought anything new."""
+        highest: dict[str, Trial] = {}
+        found_new = False
+        for budget in rungs if group else ():
+            survivors = max(1, len(group) // self._eta)
+            trials = yield self._rung(group, budget, survivors)
+            found_new |= self._history.add(trials)
+            highest.update((trial.configuration.key, trial) for trial in trials)
+            group = [trial.configuration for trial in self._best(trials, survivors)]
+        self._sampler.learn(list(highest.values()))
+        return found_new
+
+    def _best(self, trials: Sequence[Trial], count: int) -> list[Trial]:
+        """One after the other, each by an aim of its own: no single draw decides over a rung."""
+        left, taken, limits = list(trials), [], self._history.limits()
+        for _ in range(min(count, len(left))):
+            (best,) = self._history.best(left, 1, draw_aim(self._rng, limits, self._select, self._rho))
+            left.remove(best)
+            taken.append(best)
+        return taken
 
     def _count(self, bracket: int) -> int:
         """Configurations that a bracket begins with."""
@@ -205,11 +199,8 @@ class Racing:
         return max(count, self._generation) if last == 0 else count
 
     def _rung(self, group: Sequence[Configuration], budget: int, survivors: int) -> list[Request]:
-        """What is asked at once. From the highest rung nothing goes on, but what one trial there beats on
-        every task can't be chosen.
+        """What is asked at once. From the highest rung nothing goes on, but what enough trials there beat on
+        every task can be neither chosen nor a parent.
         """
-        survivors = 1 if budget == self._rungs[-1] else survivors
+        survivors = PARENTS if budget == self._rungs[-1] else survivors
         return [Request(configuration, budget, survivors) for configuration in group]
-
-    def _best(self, trials: Sequence[Trial], count: int) -> list[Trial]:
-        return self._history.best(trials, count, simplex(self._rng, self._num_tasks), self._rho)

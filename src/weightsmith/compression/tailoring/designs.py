@@ -10,7 +10,8 @@ For each order: the base alone, and 6 values of lambda for each pattern of sourc
 
 Source  arXiv:2506.20480, public code: 3 (1 + 6 * 7) = 129 starts for K = 3, whose patterns (all subsets) are
         written out there. Ours: for any K the subsets of one and two and all together, which for K = 3 are
-        the same seven; repeats left out; one more start without the layers of least block influence.
+        the same seven; repeats left out; one more start for each model, alone and without the layers of its
+        least block influence.
 """
 
 from __future__ import annotations
@@ -82,29 +83,35 @@ def starting_grid(space: Space, seed: int = DROP_SEED) -> list[Configuration]:
 
 
 def starts(
-    space: Space, influence: Sequence[float] | None = None, *, limit: int | None = None, seed: int = DROP_SEED
+    space: Space,
+    influences: Sequence[Sequence[float]] = (),
+    *,
+    limit: int | None = None,
+    seed: int = DROP_SEED,
 ) -> list[Configuration]:
     """The configurations that a search begins with, each once.
 
     Args:
         space: The space; starts with sources that it doesn't allow are left out.
-        influence: Block influence of each layer of the base: one start drops the R smallest.
-        limit: At most so many. The one by influence and the bases alone come first, the others in a seeded
-        order.
+        influences: Block influence of each layer, of the base and of each fine-tune: one start for each is
+            that model without its R smallest.
+        limit: At most so many. Those by influence and the bases alone come first, the others in a seeded
+            order.
         seed: Of the orders.
     """
     grid = [
         c for c in starting_grid(space, seed) if all(layer.sources in space.subsets for layer in c.layers)
     ]
-    plain = [
+    first = []
+    for number, influence in enumerate(influences):
+        order = sorted(range(space.depth), key=lambda layer: (influence[layer], layer))
+        sources = dict.fromkeys(range(space.depth), (number,) if number else ())
+        first.append(space.configuration(order[: space.num_dropped], sources))
+    first += [
         configuration for configuration in grid if not any(layer.sources for layer in configuration.layers)
     ]
-    if influence is not None:
-        order = sorted(range(space.depth), key=lambda layer: (influence[layer], layer))
-        plain.insert(0, space.configuration(order[: space.num_dropped]))
-    found = list(dict.fromkeys([*plain, *grid]))
-    if limit is None or len(found) <= limit:
-        return found
-    first = list(dict.fromkeys(plain))[:limit]
-    others = [configuration for configuration in found if configuration not in first]
-    return first + random.Random(seed).sample(others, limit - len(first))
+    first = list(dict.fromkeys(first))
+    others = [configuration for configuration in dict.fromkeys(grid) if configuration not in first]
+    if limit is None or len(first) + len(others) <= limit:
+        return first + others
+    return first[:limit] + random.Random(seed).sample(others, max(0, limit - len(first)))

@@ -1,7 +1,9 @@
-"""Proposals by variation of the best: half of them mutated, a quarter crossed, a quarter drawn afresh.
+"""Proposals by variation of the best: most of them mutated, a quarter crossed, a few drawn afresh.
 
+    parent   by its rank among the best at the highest budget, by an aim that is drawn for each child
+             (`objective.draw_aim`)
     mutate   swap a dropped layer with a kept one (p .4), flip one source of one layer (.4), move one lambda
-             by N(0, 0.15) (.2); 1 + Poisson(1) times
+             by N(0, 0.15) (.2); once (p .6), or 1 + Poisson(1) times
     cross    drop what both parents drop and a draw of what one does; each layer from either parent
 
 Ours, as all that the paper leaves to SMAC's own sampling. A layer that comes in by a swap takes the sources
@@ -16,6 +18,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from weightsmith.compression.tailoring.backends import History
+from weightsmith.compression.tailoring.objective import RHO, Select, draw_aim
 from weightsmith.compression.tailoring.space import Configuration, Space
 from weightsmith.compression.tailoring.trials import Trial
 
@@ -23,6 +26,10 @@ _TRIES = 20
 _SMALL_SPACE = 200_000
 """Configurations of a space that may be walked through to find one that is left."""
 _STEP = 0.15
+_MUTATED, _CROSSED = 0.65, 0.25
+_ONCE = 0.6
+_DEPTH = 1.5
+"""Mean rank of a parent, from 0."""
 
 
 class Evolution:
@@ -32,38 +39,42 @@ class Evolution:
         space: The space.
         history: What was measured.
         rng: Of every draw.
+        select: As in `draw_aim`.
+        rho: As in `TailorOptions`.
         fresh_only: Only chance: the baseline.
     """
 
     def __init__(
-        self, space: Space, history: History, rng: random.Random, *, fresh_only: bool = False
+        self,
+        space: Space,
+        history: History,
+        rng: random.Random,
+        *,
+        select: Select = "mean",
+        rho: float = RHO,
+        fresh_only: bool = False,
     ) -> None:
-        self._space, self._history, self._rng, self._fresh_only = space, history, rng, fresh_only
-
-    def start(self, trials: Sequence[Trial]) -> None:
-        """Nothing to do: starts are in the history."""
+        self._space, self._history, self._rng = space, history, rng
+        self._select, self._rho, self._fresh_only = select, rho, fresh_only
 
     def learn(self, trials: Sequence[Trial]) -> None:
         """Nothing to do: trials are in the history."""
 
     def propose(self, count: int, budget: int) -> list[Configuration]:
         """Configurations that were not measured at this budget; fewer when no more are left."""
-        elite = [] if self._fresh_only else self._history.elite()
         found: dict[str, Configuration] = {}
         for _ in range(count):
-            configuration = self._new(elite, budget, found)
+            configuration = self._new(budget, found)
             if configuration is None:
                 break
             found[configuration.key] = configuration
         return list(found.values())
 
-    def _new(
-        self, elite: Sequence[Configuration], budget: int, taken: dict[str, Configuration]
-    ) -> Configuration | None:
+    def _new(self, budget: int, taken: dict[str, Configuration]) -> Configuration | None:
         def is_new(configuration: Configuration) -> bool:
             return configuration.key not in taken and not self._history.has(configuration, budget)
 
-        make = self._maker(elite)
+        make = self._maker()
         for attempt in range(2 * _TRIES):
             configuration = make() if attempt < _TRIES else self._space.random(self._rng)
             if is_new(configuration):
@@ -73,22 +84,28 @@ class Evolution:
         left = [configuration for configuration in self._space.every() if is_new(configuration)]
         return self._rng.choice(left) if left else None
 
-    def _maker(self, elite: Sequence[Configuration]) -> Callable[[], Configuration]:
-        kind = self._rng.random()
-        if not elite or kind >= 0.75:
-            return lambda: self._space.random(self._rng)
-        if kind >= 0.5 and len(elite) > 1:
-            one, other = self._rng.sample(elite, 2)
-            return lambda: crossed(self._space, one, other, self._rng)
-        return lambda: mutated(self._space, self._rng.choice(elite), self._rng)
+    def _maker(self) -> Callable[[], Configuration]:
+        rng, kind, parents = self._rng, self._rng.random(), []
+        if not self._fresh_only:
+            aim = draw_aim(rng, self._history.limits(), self._select, self._rho)
+            parents = self._history.parents(aim)
+        if not parents or kind >= _MUTATED + _CROSSED:
+            return lambda: self._space.random(rng)
+
+        def parent() -> Configuration:
+            return parents[min(int(rng.expovariate(1 / _DEPTH)), len(parents) - 1)]
+
+        if kind >= _MUTATED:
+            return lambda: crossed(self._space, parent(), parent(), rng)
+        return lambda: mutated(self._space, parent(), rng)
 
 
 def mutated(space: Space, parent: Configuration, rng: random.Random) -> Configuration:
-    """A configuration 1 + Poisson(1) moves away from its parent."""
+    """A configuration one move or a few away from its parent."""
     dropped = list(parent.dropped)
     sources = {layer.layer: layer.sources for layer in parent.layers}
     weights = {layer.layer: layer.weight for layer in parent.layers}
-    for _ in range(1 + _poisson(rng)):
+    for _ in range(1 if rng.random() < _ONCE else 1 + _poisson(rng)):
         merged = [layer for layer in sources if len(sources[layer]) > 1]
         moves = {"swap": 0.4 if dropped else 0.0, "flip": 0.4 if space.num_candidates else 0.0}
         moves["weigh"] = 0.2 if merged and space.low < space.high else 0.0

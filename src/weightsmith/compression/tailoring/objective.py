@@ -18,9 +18,12 @@ from weightsmith.compression.tailoring.trials import Trial
 from weightsmith.errors import InputError
 
 RHO = 0.05
+_REPORTED = 0.6
 
 Costs = Sequence[float]
 Bounds = Sequence[tuple[float, float]]
+Aim = Callable[[Costs], float]
+"""From the costs of a configuration to the number that is to be small."""
 Select = Literal["mean", "scaled_mean", "chebyshev"] | Callable[[Sequence[Trial]], int]
 
 
@@ -46,6 +49,28 @@ def parego(costs: Costs, weights: Sequence[float], limits: Bounds, rho: float = 
     """
     weighted = [weight * cost for weight, cost in zip(weights, scaled(costs, limits), strict=True)]
     return max(weighted) + rho * sum(weighted)
+
+
+def size(costs: Costs, limits: Bounds, select: str) -> float:
+    """What `select` compares plans by."""
+    values = list(costs) if select == "mean" else scaled(costs, limits)
+    return max(values) if select == "chebyshev" else sum(values) / len(values)
+
+
+def draw_aim(rng: random.Random, limits: Bounds, select: Select, rho: float = RHO) -> Aim:
+    """What to look for next: in three draws of five what the reported plan is chosen by, else ParEGO's norm
+    with weights drawn anew, so that the rest of the Pareto set is not forgotten.
+
+    Args:
+        rng: Decides.
+        limits: Bounds of the costs so far.
+        select: As in `choose`; where it is a function, nothing is known of it but the Pareto set.
+        rho: Of ParEGO's norm.
+    """
+    if not callable(select) and rng.random() < _REPORTED:
+        return lambda costs: size(costs, limits, select)
+    weights = simplex(rng, len(limits))
+    return lambda costs: parego(costs, weights, limits, rho)
 
 
 def simplex(rng: random.Random, count: int) -> list[float]:
@@ -88,11 +113,9 @@ def choose(trials: Sequence[Trial], select: Select = "mean") -> Trial:
         raise InputError(f"select: {select!r}, expected mean, scaled_mean, chebyshev or a function")
 
     def rank(trial: Trial) -> tuple[float, int, int]:
-        values = list(trial.costs.values())
-        values = values if select == "mean" else scaled(values, limits)
-        size = max(values) if select == "chebyshev" else sum(values) / len(values)
         # Sums of equal costs in another order may differ in the last bit.
-        return round(size, 12), trial.configuration.num_merged, trial.id
+        found = round(size(list(trial.costs.values()), limits, str(select)), 12)
+        return found, trial.configuration.num_merged, trial.id
 
     return min(front, key=rank)
 

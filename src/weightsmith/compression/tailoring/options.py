@@ -43,7 +43,7 @@ class TailorOptions:
     """Tensors outside of the layers: `follow` the first kept layer (embeddings) and the last one (norm,
     output), always `base`, or the `mean` of the fine-tunes."""
     seeds: Literal["all", "paper"] = "all"
-    """`all` adds a start without the layers of least block influence to the paper's starts."""
+    """`all` adds to the paper's starts each model alone without its layers of least block influence."""
     start_share: float = 0.3
     """Share of the trials that starts may take."""
     select: Literal["mean", "scaled_mean", "chebyshev"] = "mean"

@@ -199,16 +199,25 @@ class TailorSearch:
     ) -> Backend:
         """Who decides; `planned` is the number of trials that the search began with."""
         options = self.options
-        influence = None
-        if options.seeds == "all":
-            batches = [
-                batch
-                for task in tasks
-                if hasattr(task, "token_batches")
-                for batch in task.token_batches(orders[task.name][:_INFLUENCE_EXAMPLES])
+        influences = []
+        batches = [
+            batch
+            for task in tasks
+            if options.seeds == "all" and hasattr(task, "token_batches")
+            for batch in task.token_batches(orders[task.name][:_INFLUENCE_EXAMPLES])
+        ]
+        if batches:
+            whole = range(space.depth)
+            influences = [
+                block_influence(
+                    pool.assemble(
+                        Configuration.of(space.depth, (), dict.fromkeys(whole, (number,) if number else ()))
+                    ),
+                    batches,
+                )
+                for number in range(1 + space.num_candidates)
             ]
-            influence = block_influence(pool.base, batches) if batches else None
-        first = starts(space, influence, limit=max(1, int(options.start_share * planned)))
+        first = starts(space, influences, limit=max(1, int(options.start_share * planned)))
         if options.optimizer == "smac":
             return SMAC(
                 space,
@@ -223,7 +232,15 @@ class TailorSearch:
             )
         history = History()
         rng = random.Random(derive(options.seed, "proposals"))
-        sampler: Sampler = Evolution(space, history, rng, fresh_only=options.optimizer != "evolution")
+        select = self._choose_by or options.select
+        sampler: Sampler = Evolution(
+            space,
+            history,
+            rng,
+            select=select,
+            rho=options.rho,
+            fresh_only=options.optimizer != "evolution",
+        )
         if options.optimizer == "optuna":
             sampler = TPE(space, history, sampler, len(tasks), derive(options.seed, "optuna"))
         return Racing(
@@ -231,8 +248,8 @@ class TailorSearch:
             history,
             first if options.optimizer != "random" else [],
             rungs,
-            num_tasks=len(tasks),
             rng=random.Random(derive(options.seed, "weights")),
+            select=select,
             eta=options.eta,
             rho=options.rho,
             generation=options.generation,

@@ -5,7 +5,7 @@ right is compared with trials of the same budget that are done: where enough of 
 tasks are weighed, the rest is not scored.
 
     below the highest rung   as many of the rung's trials, those before it, as may go on to the next rung
-    at the highest rung      one trial: then this one can't be in the Pareto set
+    at the highest rung      as many as have children: then this one can't, and isn't in the Pareto set
 
 Better is: as good on every task and better on one, for sure. So a trial that is given up could neither have
 gone on nor been chosen. What it would have cost is not known; its cost is that of what was scored.

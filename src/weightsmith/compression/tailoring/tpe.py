@@ -56,11 +56,6 @@ class TPE:
             self._optuna.logging.set_verbosity(level)
         self._open: dict[str, Any] = {}
 
-    def start(self, trials: Sequence[Trial]) -> None:
-        """Takes over the starts as if it had proposed them."""
-        for trial in trials:
-            self._add(trial)
-
     def propose(self, count: int, budget: int) -> list[Configuration]:
         """What the estimator suggests, and what chance does where that is known."""
         found: dict[str, Configuration] = {}

@@ -17,6 +17,7 @@ places in each row and nothing else changed, and the same rows but for which pla
 from __future__ import annotations
 
 import argparse
+import collections
 import itertools
 import json
 import os
@@ -99,9 +100,8 @@ def tokenise(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> None:
         tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
 
 
-def prepare(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+def prepare(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], list[int]]]:
     """Ours: tokenised once, copies of a batch in one call."""
-    made: list[tuple[list[int], list[int]]] = []
     for number, (prompts, answers) in enumerate(batches(pairs)):
         columns = meap_sft_map(
             encode_pairs(tokenizer, prompts, answers),
@@ -109,33 +109,36 @@ def prepare(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[list
             closing=[tokenizer.eos_token_id],
             seed=number,
         )
-        made += zip(columns["input_ids"], columns["labels"], strict=True)
-    return made
+        yield from zip(columns["input_ids"], columns["labels"], strict=True)
 
 
 def prepare_one_by_one(
     tokenizer: Any, pairs: Sequence[tuple[str, str]], draws: random.Random
-) -> list[tuple[list[int], list[int]]]:
+) -> Iterator[tuple[list[int], list[int]]]:
     """Plain formulation of the authors' preprocessing."""
-    made = []
     for prompt, answer in pairs:
         for masked in (False, True):
             p = tokenizer(prompt, add_special_tokens=False)["input_ids"]
             a = tokenizer(answer, add_special_tokens=False)["input_ids"]
             ids = [*p, *a, tokenizer.eos_token_id]
             if not masked:
-                made.append((ids, [-100] * len(p) + ids[len(p) :]))
+                yield ids, [-100] * len(p) + ids[len(p) :]
             elif len(a) > 50:
                 hidden, labels = list(ids), [-100] * len(ids)
                 for place in draws.sample(range(len(p), len(p) + len(a)), max(1, int(0.1 * len(a)))):
                     hidden[place] = tokenizer.convert_tokens_to_ids("[MASK]")
                     labels[place] = ids[place]
-                made.append((hidden, labels))
-    return made
+                yield hidden, labels
+
+
+def consume(rows: Iterator[Any]) -> None:
+    """Let go of each row, as a data set that is written does."""
+    collections.deque(rows, maxlen=0)
 
 
 def agree_on_rows(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> str:
-    ours, theirs = prepare(tokenizer, pairs), prepare_one_by_one(tokenizer, pairs, random.Random(0))
+    ours = list(prepare(tokenizer, pairs))
+    theirs = list(prepare_one_by_one(tokenizer, pairs, random.Random(0)))
     assert len(ours) == len(theirs)
     mask = tokenizer.mask_token_id
     for (ids, labels), (other, wanted) in zip(ours, theirs, strict=True):
@@ -196,9 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer, pairs, draws = make_tokenizer(), make_pairs(options.pairs), random.Random(1)
     rows = agree_on_rows(tokenizer, pairs[:200])
     preparing = {
-        "encode_pairs and meap_sft_map": lambda: prepare(tokenizer, pairs),
+        "encode_pairs and meap_sft_map": lambda: consume(prepare(tokenizer, pairs)),
         "the tokenizer alone, in batches": lambda: tokenise(tokenizer, pairs),
-        "one by one": lambda: prepare_one_by_one(tokenizer, pairs, draws),
+        "one by one": lambda: consume(prepare_one_by_one(tokenizer, pairs, draws)),
     }
     found: dict[str, Any] = {
         "mask": {
@@ -211,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "title": f"{options.pairs} pairs",
             "peer": "one by one",
             "agreement": rows,
-            "seconds": in_turns(preparing, max(1, options.rounds // 3)),
+            "seconds": in_turns(preparing, options.rounds),
         },
     }
     middle = {

@@ -237,10 +237,9 @@ def test_each_turn_of_a_conversation_has_its_own_count_and_keeps_its_history(tok
 
 
 def test_answers_end_before_their_closing_token_and_never_begin_a_document():
-    ids = torch.tensor([[1, 2, 3, 4, 9, 5, 6, 9]])
     labels = torch.tensor([[1, 2, -100, 4, 9, 5, 6, 9]])
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
-    found = find_answers(ids, labels, positions, closing={9})
+    found = find_answers(labels, positions, closing={9})
     assert list(zip(found.start, found.stop, strict=True)) == [(1, 2), (3, 4), (6, 7)]
 
 

@@ -37,23 +37,22 @@ class Answers(NamedTuple):
 
 
 def find_answers(
-    input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, closing: Collection[int] = ()
+    labels: Tensor, position_ids: Tensor | None = None, closing: Collection[int] = ()
 ) -> Answers:
     """Every run of labels, row by row.
 
     Args:
-        input_ids: (B, T).
         labels: (B, T), -100 outside of answers.
         position_ids: (B, T), where documents lie behind one another in a row: they start anew at each.
         closing: Ids of tokens that close an answer; one at the end of a run is no part of it.
     """
-    ids, starts = input_ids.cpu().numpy(), document_starts(labels.shape, position_ids)
-    is_answer = (labels.cpu().numpy() != IGNORED) & ~starts
+    found = labels.cpu().numpy()
+    is_answer = (found != IGNORED) & ~document_starts(found.shape, position_ids)
     edges = np.diff(is_answer.astype(np.int8), axis=1, prepend=0, append=0)
     # Runs of a row begin and end in turns, so that both come in one order.
     row, start = np.nonzero(edges == 1)
     stop = np.nonzero(edges == -1)[1]
-    return Answers(row, start, stop - np.isin(ids[row, stop - 1], list(closing)))
+    return Answers(row, start, stop - np.isin(found[row, stop - 1], list(closing)))
 
 
 def document_starts(shape: Iterable[int], position_ids: Tensor | None) -> np.ndarray:
@@ -70,7 +69,7 @@ def masked_answers(
 ) -> Tensor:
     """Bool (B, T) on the CPU: the tokens of long answers that copies hide."""
     labels, positions = batch["labels"], batch.get("position_ids")
-    found = find_answers(batch["input_ids"], labels, positions, closing)
+    found = find_answers(labels, positions, closing)
     long = found.stop - found.start >= options.min_answer_tokens
     row_R, start_R, stop_R = (part[long] for part in found)
     masked_BT = torch.zeros(labels.shape, dtype=torch.bool)
@@ -141,14 +140,14 @@ def meap_sft_map(
         The columns, each original (lists are not copied) in front of its copy.
     """
     chosen = MEAPOptions.of({"mode": "sft", **options})
-    padded = {
-        key: torch.from_numpy(_padded(examples[key], fill))
-        for key, fill in (("input_ids", 0), ("labels", IGNORED))
-    }
-    hidden = masked_answers(padded, chosen, seed, closing).numpy() if padded["labels"].numel() else ()
     made: dict[str, list[list[int]]] = {key: [] for key in examples}
-    for number, places in enumerate(hidden):
-        where = np.flatnonzero(places).tolist()
+    if not examples["labels"]:
+        return made
+    labels = torch.from_numpy(_padded(examples["labels"]))
+    hidden = masked_answers({"labels": labels}, chosen, seed, closing).numpy()
+    places = iter(np.nonzero(hidden)[1].tolist())
+    for number, count in enumerate(hidden.sum(1).tolist()):
+        where = list(itertools.islice(places, count))
         for key, column in examples.items():
             row = column[number]
             made[key].append(row if isinstance(row, list) else list(row))
@@ -165,10 +164,10 @@ def meap_sft_map(
     return made
 
 
-def _padded(rows: Sequence[Sequence[int]], fill: int) -> np.ndarray:
-    """Rows of all lengths as one matrix, int64 (B, T)."""
+def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Labels of rows of all lengths as one matrix, int64 (B, T)."""
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    matrix = np.full((len(rows), int(lengths.max(initial=0))), fill, np.int64)
+    matrix = np.full((len(rows), int(lengths.max(initial=0))), IGNORED, np.int64)
     numbers = np.fromiter(itertools.chain.from_iterable(rows), np.int64, int(lengths.sum()))
     matrix[np.arange(matrix.shape[1]) < lengths[:, None]] = numbers
     return matrix

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -244,9 +245,7 @@ class DataCollatorForMEAP:
         return masked / max(1, eligible)
 
     def _count(self, mask: Tensor, allowed: Tensor) -> None:
-        # Sums stay on their device until somebody asks.
-        self.masked = self.masked + mask.sum()
-        self.eligible = self.eligible + allowed.sum()
+        self.masked, self.eligible = self.masked + _number(mask), self.eligible + _number(allowed)
 
     def _visible(self, batch: dict[str, Any]) -> Tensor:
         """Where there is no padding."""
@@ -279,10 +278,15 @@ class DataCollatorForMEAP:
 def _content(ids: Tensor, seed: int) -> Tensor:
     """A seed of a batch's content, 0-d int64 on its device: a multilinear hash, so nothing leaves a GPU."""
     weights_1T = position_keys(torch.Size((1, ids.shape[1])), 0, True, ids.device)
-    row_B = mixed((ids * weights_1T).sum(1))
+    row_B = mixed((ids * weights_1T).sum(1) if ids.is_cuda else torch.mv(ids.long(), weights_1T[0]))
     return mixed(
         (row_B * position_keys(torch.Size((1, len(row_B))), 1, True, ids.device)[0]).sum() + signed(seed)
     )
+
+
+def _number(flags: Tensor) -> Tensor | int:
+    """How many are True; stays on a GPU until somebody asks."""
+    return int(np.count_nonzero(flags.numpy())) if flags.device.type == "cpu" else flags.sum()
 
 
 def _is_evaluation() -> bool:

@@ -29,6 +29,7 @@ _WORD = 1 << 64
 _GOLDEN = 0x9E3779B97F4A7C15 - _WORD
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9 - _WORD), (27, 0x94D049BB133111EB - _WORD))
 _NEVER = (1 << 63) - 1  # the key of a place that is not eligible
+_BLOCK = 1 << 17  # keys at a time on the CPU
 
 
 @overload
@@ -243,29 +244,36 @@ def signed(number: int) -> int:
 
 
 def _choose_on_cpu(allowed: np.ndarray, ratio: float, seed: int, per_row: bool) -> np.ndarray:
-    """`choose` with the same keys."""
+    """`choose` with the same keys; some rows at a time, in the same memory, which stays in the cache."""
     rows, length = allowed.shape
     golden = np.uint64(_GOLDEN % _WORD)
     row_B = np.arange(1, (rows if per_row else 1) + 1, dtype=np.uint64) * golden + np.uint64(seed % _WORD)
-    _mix_on_cpu(row_B)
-    unsigned = row_B[:, None] + np.arange(length, dtype=np.uint64) * golden
-    _mix_on_cpu(unsigned)
-    keys = np.broadcast_to(unsigned.view(np.int64), allowed.shape)
-    if not allowed.all():
-        keys = np.where(allowed, keys, _NEVER)
-    mask = keys <= _thresholds(keys, np.count_nonzero(allowed, axis=1), ratio)[:, None]
-    mask &= allowed
+    _mix_on_cpu(row_B, np.empty_like(row_B))
+    row_B = np.broadcast_to(row_B, rows)
+    place_T = np.arange(length, dtype=np.uint64) * golden
+    mask = np.empty(allowed.shape, bool)
+    block = max(1, _BLOCK // length)
+    memory, scratch = np.empty((2, min(block, rows), length), np.uint64)
+    for first in range(0, rows, block):
+        some, chosen = allowed[first : first + block], mask[first : first + block]
+        unsigned = memory[: len(some)]
+        np.add(row_B[first : first + block, None], place_T, out=unsigned)
+        _mix_on_cpu(unsigned, scratch[: len(some)])
+        keys = unsigned.view(np.int64)
+        np.putmask(keys, ~some, _NEVER)
+        threshold_B = _thresholds(keys, np.count_nonzero(some, axis=1), ratio)
+        np.less_equal(keys, threshold_B[:, None], out=chosen)
+        chosen &= some
     return mask
 
 
-def _mix_on_cpu(state: np.ndarray) -> None:
-    shifted = np.empty_like(state)
+def _mix_on_cpu(state: np.ndarray, scratch: np.ndarray) -> None:
     for shift, factor in _ROUNDS:
-        np.right_shift(state, np.uint64(shift), out=shifted)
-        np.bitwise_xor(state, shifted, out=state)
+        np.right_shift(state, np.uint64(shift), out=scratch)
+        np.bitwise_xor(state, scratch, out=state)
         np.multiply(state, np.uint64(factor % _WORD), out=state)
-    np.right_shift(state, np.uint64(31), out=shifted)
-    np.bitwise_xor(state, shifted, out=state)
+    np.right_shift(state, np.uint64(31), out=scratch)
+    np.bitwise_xor(state, scratch, out=state)
 
 
 def _thresholds(keys: np.ndarray, count_B: np.ndarray, ratio: float) -> np.ndarray:

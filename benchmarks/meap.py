@@ -115,20 +115,26 @@ def prepare(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[
 def prepare_one_by_one(
     tokenizer: Any, pairs: Sequence[tuple[str, str]], draws: random.Random
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Plain formulation of the authors' preprocessing."""
-    for prompt, answer in pairs:
-        for masked in (False, True):
-            p = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            a = tokenizer(answer, add_special_tokens=False)["input_ids"]
-            ids = [*p, *a, tokenizer.eos_token_id]
-            if not masked:
-                yield ids, [-100] * len(p) + ids[len(p) :]
-            elif len(a) > 50:
-                hidden, labels = list(ids), [-100] * len(ids)
-                for place in draws.sample(range(len(p), len(p) + len(a)), max(1, int(0.1 * len(a)))):
-                    hidden[place] = tokenizer.convert_tokens_to_ids("[MASK]")
-                    labels[place] = ids[place]
-                yield hidden, labels
+    """Plain formulation of the authors' preprocessing; that of 1,000 pairs at a time."""
+    for begin in range(0, len(pairs), 1000):
+        columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        for prompt, answer in pairs[begin : begin + 1000]:
+            for masked in (False, True):
+                p = tokenizer.encode(text=prompt, add_special_tokens=False)
+                a = tokenizer.encode(text=answer, add_special_tokens=False)
+                ids = [*p, *a, tokenizer.eos_token_id]
+                labels = [-100] * len(p) + ids[len(p) :]
+                if masked:
+                    if len(a) <= 50:
+                        continue
+                    clean, labels = list(ids), [-100] * len(ids)
+                    for place in draws.sample(range(len(p), len(p) + len(a)), max(1, int(0.1 * len(a)))):
+                        ids[place] = tokenizer.convert_tokens_to_ids("[MASK]")
+                        labels[place] = clean[place]
+                columns["input_ids"].append(ids)
+                columns["attention_mask"].append([1] * len(ids))
+                columns["labels"].append(labels)
+        yield from zip(columns["input_ids"], columns["labels"], strict=True)
 
 
 def consume(rows: Iterator[Any]) -> None:

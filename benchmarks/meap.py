@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "title": f"{ROWS} rows of {LENGTH} ids",
             "peer": "a sample for each row",
             "agreement": agreement,
-            "seconds": in_turns(masks, options.rounds),
+            "seconds": in_turns(masks, 5 * options.rounds),
         },
         "prepare": {
             "title": f"{options.pairs} pairs",

@@ -156,8 +156,7 @@ class Racing:
         self._told = list(trials)
 
     def _play(self) -> Generator[list[Request], list[Trial], None]:
-        if self._starts:
-            yield from self._race(self._starts, self._rungs)
+        yield from self._race(self._starts, self._rungs)
         last = len(self._rungs) - 1
         stale = 0
         while stale < _STALE_ROUNDS:

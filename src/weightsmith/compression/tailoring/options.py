@@ -48,7 +48,7 @@ class TailorOptions:
     """Share of the trials that starts may take."""
     select: Literal["mean", "scaled_mean", "chebyshev"] = "mean"
     """Which plan of the Pareto set is reported: that of the least mean cost over tasks, or of the least mean
-    or largest of costs scaled by the bounds seen."""
+    or largest of costs scaled by the bounds seen. Where `smac` is not asked, the search looks for it too."""
     rho: float = 0.05
     """Weight of the sum in ParEGO's norm."""
     early_stop: bool = True

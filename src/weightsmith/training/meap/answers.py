@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from weightsmith.errors import InputError
+from weightsmith.training.encoding import IGNORED
 from weightsmith.training.meap.masking import choose
 from weightsmith.training.meap.options import MEAPOptions
 
-IGNORED = -100
 WEIGHTS = "loss_weights"
 """Key of a batch that says what each label counts, where copies count otherwise than originals."""
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")

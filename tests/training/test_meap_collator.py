@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -330,23 +331,39 @@ def test_a_data_set_gets_its_copies_once_and_for_all():
     rows = [pair(4, 60, 1), pair(9, 20, 2), pair(3, 70, 3)]
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     made = meap_sft_map(columns, mask_token_id=MASK, closing=[EOS], seed=1)
-    assert made == meap_sft_map(columns, mask_token_id=MASK, closing=[EOS], seed=1)
-    assert made != meap_sft_map(columns, mask_token_id=MASK, closing=[EOS], seed=2)
+    np.testing.assert_equal(made, meap_sft_map(columns, mask_token_id=MASK, closing=[EOS], seed=1))
+    other = meap_sft_map(columns, mask_token_id=MASK, closing=[EOS], seed=2)
+    assert made["input_ids"][1].tolist() != other["input_ids"][1].tolist()
     assert [len(ids) for ids in made["input_ids"]] == [65, 65, 30, 74, 74]
-    assert made["input_ids"][0] == rows[0]["input_ids"]
-    assert made["labels"][2] == rows[1]["labels"]
+    assert made["input_ids"][0].tolist() == rows[0]["input_ids"]
+    assert made["labels"][2].tolist() == rows[1]["labels"]
     for number, clean, count in ((1, rows[0], 6), (4, rows[2], 7)):
-        ids, labels = made["input_ids"][number], made["labels"][number]
+        ids, labels = made["input_ids"][number].tolist(), made["labels"][number].tolist()
         places = [place for place, token in enumerate(ids) if token == MASK]
         assert len(places) == count
         assert max(places) < len(ids) - 1
         assert [place for place, label in enumerate(labels) if label != -100] == places
         assert all(labels[place] == clean["input_ids"][place] for place in places)
         assert made["attention_mask"][number] == clean["attention_mask"]
-    assert meap_sft_map({"input_ids": [], "labels": []}, mask_token_id=MASK) == {
-        "input_ids": [],
-        "labels": [],
-    }
+    empty = {"input_ids": [], "labels": []}
+    assert meap_sft_map(empty, mask_token_id=MASK) == empty
+
+
+@pytest.mark.parametrize("form", [None, "numpy", "torch"])
+def test_copies_are_the_same_by_any_road_into_a_data_set(form):
+    from datasets import Dataset
+
+    rows = [pair(4, 60, 1), pair(9, 20, 2), pair(3, 70, 3)]
+    wanted = meap_sft_map({key: [row[key] for row in rows] for key in rows[0]}, mask_token_id=MASK, seed=1)
+    made = Dataset.from_list(rows).with_format(form)
+    made = made.map(lambda some: meap_sft_map(some, mask_token_id=MASK, seed=1), batched=True)
+    np.testing.assert_equal(made.with_format(None)[:], wanted)
+
+
+def test_a_row_with_more_labels_than_ids_is_named():
+    rows = {"input_ids": [[1, 2], [3, 4]], "labels": [[1, 2], [3, 4, 5]]}
+    with pytest.raises(InputError, match="row 1 has 2 input_ids and 3 labels"):
+        meap_sft_map(rows, mask_token_id=MASK)
 
 
 def test_rows_without_labels_are_counted_and_told_once(tokenizer, caplog):

@@ -10,7 +10,7 @@ from weightsmith.compression.tailoring.backends import Request
 from weightsmith.compression.tailoring.evaluator import Outcome
 from weightsmith.compression.tailoring.scoring import Task
 from weightsmith.compression.tailoring.stopping import Cut, Spans
-from weightsmith.compression.tailoring.trials import Trial, TrialLog
+from weightsmith.compression.tailoring.trials import Trial, TrialLog, lengthened
 from weightsmith.compression.tailoring.workers import Job
 from weightsmith.errors import WeightsmithError
 
@@ -111,10 +111,11 @@ class Book:
             kept = cut.trimmed(self._spans[number], outcome.values)
             if kept is not None:
                 outcome = replace(outcome, status="stopped", values=kept)
-        costs = {}
+        costs, starts = {}, {task: start for task, (start, _) in self._spans[number].items()}
         for task in self._tasks:
             key = (request.configuration.key, task.name)
-            values = (*self._values.get(key, ()), *outcome.values.get(task.name, ()))
+            new = outcome.values.get(task.name, ())
+            values = lengthened(self._values.get(key, ()), starts[task.name], new)
             used = values[: min(request.budget, task.size)]
             sound = outcome.status in ("ok", "stopped")
             costs[task.name] = 1.0 - sum(used) / len(used) if sound else 1.0
@@ -127,6 +128,7 @@ class Book:
             seconds=outcome.seconds,
             error=outcome.error,
             values=outcome.values,
+            starts=starts,
         )
         self._log.add(trial)
         self._remember(trial)
@@ -158,13 +160,14 @@ class Book:
     def _accept(self, number: int, found: Trial) -> None:
         """A trial of the log. A search that ended within a rung knew of fewer trials than there are now."""
         _, spans, cut = self.job(number)
-        shorter = (
-            cut.trimmed(spans, found.values) if cut is not None and found.status != "nonfinite" else None
-        )
-        if shorter is not None and shorter != found.values:
+        new = {task: scores[slice(*spans[task])] for task, scores in found.values.items()}
+        new = {task: scores for task, scores in new.items() if scores}
+        shorter = cut.trimmed(spans, new) if cut is not None and found.status != "nonfinite" else None
+        if shorter is not None and shorter != new:
             self.finish(number, Outcome("stopped", shorter, found.seconds))
         else:
-            self._remember(found)
+            starts = {task: start for task, (start, _) in spans.items()}
+            self._remember(replace(found, id=number, values=new, starts=starts))
 
     def _cut(self, number: int) -> Cut | None:
         """What a trial is up against: those before it that are done."""
@@ -193,7 +196,7 @@ class Book:
         self.trials[trial.key] = trial
         for task, values in trial.values.items():
             key = (trial.configuration.key, task)
-            self._values[key] = (*self._values.get(key, ()), *values)
+            self._values[key] = lengthened(self._values.get(key, ()), trial.starts[task], values)
 
 
 def _key(request: Request) -> Key:

@@ -2,15 +2,16 @@
 
 The log is the whole state. A search that goes on runs its rules again from the same seed and finds the
 answers of earlier trials here instead of computing them, so it asks what an undisturbed one would ask,
-whatever the backend. Scores are kept per example, rounded to six places when they are made: what is read back
-is what was used.
+whatever the backend. Where it asks in another order all the same (another version of a backend, say), each
+trial's answer is still that of its own examples. Scores are kept per example, rounded to six places when they
+are made: what is read back is what was used.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from weightsmith.compression.tailoring.space import Configuration
 from weightsmith.errors import InputError
 from weightsmith.runs.atomic import append_line, read_lines
 
-FORMAT = 1
+FORMAT = 2
 PLACES = 6
 Status = Literal["ok", "stopped", "nonfinite", "failed"]
 _MAY_CHANGE = ("n_trials", "max_failures", "select")
@@ -38,6 +39,7 @@ class Trial:
         seconds: It took.
         error: The traceback of a failed one.
         values: New scores per example, by task: those beyond what a lower budget had measured already.
+        starts: Number of the first of them, by task.
     """
 
     id: int
@@ -48,6 +50,7 @@ class Trial:
     seconds: float = 0.0
     error: str | None = None
     values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    starts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, int]:
@@ -65,11 +68,12 @@ class Trial:
             "seconds": round(self.seconds, 3),
             "error": self.error,
             "values": {task: list(values) for task, values in self.values.items()},
+            "starts": dict(self.starts),
         }
 
     def summary(self) -> dict[str, Any]:
         """Plain JSON values without the score of each example."""
-        return {key: value for key, value in self.to_json().items() if key != "values"}
+        return {key: value for key, value in self.to_json().items() if key not in ("values", "starts")}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], source: str) -> Trial:
@@ -79,7 +83,7 @@ class Trial:
             InputError: it is no trial; names `source`.
         """
         try:
-            return cls(
+            found = cls(
                 id=int(value["id"]),
                 configuration=Configuration.from_json(value["configuration"], source),
                 budget=int(value["budget"]),
@@ -88,11 +92,30 @@ class Trial:
                 seconds=float(value["seconds"]),
                 error=value["error"],
                 values={task: tuple(map(float, given)) for task, given in value["values"].items()},
+                starts={task: int(start) for task, start in value["starts"].items()},
             )
+            if missing := found.values.keys() - found.starts.keys():
+                raise ValueError(f"no start of {', '.join(sorted(missing))}")
         except (KeyError, TypeError, ValueError, AttributeError) as problem:
             if isinstance(problem, InputError):
                 raise
             raise InputError(f"{source}: not a trial: {problem!r}") from problem
+        return found
+
+
+def lengthened(
+    known: tuple[float, ...], start: int, values: tuple[float, ...], source: str = "trials"
+) -> tuple[float, ...]:
+    """Scores of the first examples, with those from number `start` on, some of which may be known.
+
+    Raises:
+        InputError: nothing is known of those in between; names `source`.
+    """
+    if start > len(known):
+        raise InputError(
+            f"{source}: scores from example {start} on, but {len(known)} before it: lines are missing"
+        )
+    return (*known, *values[len(known) - start :])
 
 
 class TrialLog:
@@ -104,7 +127,8 @@ class TrialLog:
 
     Attributes:
         header: That of the file where it has one: a search that goes on keeps what it began with.
-        found: Trials of the file that were made earlier, by configuration and budget.
+        found: Trials of the file that were made earlier, by configuration and budget; each with the scores
+            of all its examples.
 
     Raises:
         InputError: the file is of another search; names what differs.
@@ -117,9 +141,14 @@ class TrialLog:
         lines = read_lines(self.path) if self.path else []
         if lines:
             self._check(lines[0])
+            known: dict[str, dict[str, tuple[float, ...]]] = {}
             for number, line in enumerate(lines[1:], start=2):
-                trial = Trial.from_json(line, f"{self.path}:{number}")
-                self.found[trial.key] = trial
+                place = f"{self.path}:{number}"
+                trial = Trial.from_json(line, place)
+                mine = known.setdefault(trial.configuration.key, {})
+                for task, values in trial.values.items():
+                    mine[task] = lengthened(mine.get(task, ()), trial.starts[task], values, place)
+                self.found[trial.key] = replace(trial, values=dict(mine), starts=dict.fromkeys(mine, 0))
         elif self.path:
             append_line(self.path, self.header)
 

@@ -444,18 +444,24 @@ def table(results: Mapping[str, Any]) -> str:
             f"{units[kind]}, mean "
             "(range) over seeds.",
             "",
-            "| arm | test loss | accuracy | groups changed |",
-            "|---|---|---|---|",
+            "| arm | test loss | over dense | accuracy | groups changed |",
+            "|---|---|---|---|---|",
         ]
         for arm, found in arms.items():
+            lost = statistics.fmean(over_dense(arms, arm))
             accuracy = f"{statistics.fmean(found['accuracy']):.3f}" if "accuracy" in found else ""
             changed = f"{statistics.fmean(found['changed']):.2%}" if "changed" in found else ""
-            lines.append(f"| {arm} | {spread(found['test'])} | {accuracy} | {changed} |")
+            lines.append(f"| {arm} | {spread(found['test'])} | {lost:.4f} | {accuracy} | {changed} |")
     made = ", ".join(f"{share:.0%}" for share in summary["made_good"])
     lines += ["", f"Digits, share of magnitude's loss that is made good, by seed: {made}.", ""]
     lines += [f"- {'holds' if held else '**fails**'}: {check}" for check, held in summary["checks"].items()]
     lines += ["", f"**Verdict: {summary['verdict']}.**", ""]
     return "\n".join(lines)
+
+
+def over_dense(arms: Mapping[str, Any], arm: str) -> list[float]:
+    """What an arm's test loss is above the dense model's, by seed."""
+    return [ours - dense for ours, dense in zip(arms[arm]["test"], arms["dense"]["test"], strict=True)]
 
 
 def spread(values: Iterable[float]) -> str:
@@ -464,36 +470,39 @@ def spread(values: Iterable[float]) -> str:
 
 
 def draw(results: Mapping[str, Any]) -> str:
-    """Test loss of every seed and arm, on the digits and the projection, as SVG."""
+    """What every arm and seed loses in test loss, on each problem, as SVG."""
     losses = results["summary"]["losses"]
-    arms = list(losses["digits"])
-    rows = {arm: 46 + 22 * row for row, arm in enumerate(arms)}
+    rows = {
+        arm: 46 + 22 * row
+        for row, arm in enumerate(dict.fromkeys(arm for arms in losses.values() for arm in arms))
+        if arm != "dense"
+    }
     foot = max(rows.values()) + 16
     body = []
     for kind, title, left, right in (
-        ("digits", "Digits: test cross-entropy", 230, 500),
-        ("projection", "One projection: nats per character", 550, 780),
+        ("digits", "Digits", 270, 450),
+        ("projection", "One projection", 490, 670),
+        ("model", "Whole model", 710, 890),
     ):
-        values = {arm: found["test"] for arm, found in losses[kind].items()}
-        if not values:
+        lost = {arm: over_dense(losses[kind], arm) for arm in losses[kind] if arm != "dense"}
+        if not lost:
             continue
         # What diverges is drawn at the edge.
-        high = 2 * max(values["magnitude"]) - min(values["dense"])
-        low = min(values["dense"])
-        scale = Scale(low, max(high, low + 1e-3), left, right)
+        low, high = min(0.0, *map(min, lost.values())), 2 * max(lost["magnitude"]) + 1e-3
+        scale = Scale(low, high, left, right)
         body.append(text(left, 20, title, "title"))
-        for value in ticks(low, max(high, low + 1e-3)):
+        for value in ticks(low, high):
             body += [
                 line(scale(value), 30, scale(value), foot, "grid"),
                 text(scale(value), foot + 14, number(value), "small", "middle"),
             ]
-        for arm, found in values.items():
+        for arm, values in lost.items():
             body += [
                 dot(scale(min(value, high)), rows[arm], 4, "b" if "MaskPro" in arm else "a")
-                for value in found
+                for value in values
             ]
-    body += [text(220, y + 4, arm, anchor="end") for arm, y in rows.items()]
-    return page(800, foot + 28, "MaskPro: test loss by arm and seed", body)
+    body += [text(260, y + 4, arm, anchor="end") for arm, y in rows.items()]
+    return page(910, foot + 28, "MaskPro: test loss above the dense model's, by arm and seed", body)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -386,7 +386,7 @@ METHODS: tuple[MethodCard, ...] = (
         "2506.12876",
         "maskpro:MaskProPruner",
         "Learn which N of every M weights to keep, by forward passes alone.",
-        verdict="open",
+        verdict="reproduced",
     ),
     _nm(
         "sparsegpt",

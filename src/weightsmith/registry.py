@@ -347,6 +347,7 @@ METHODS: tuple[MethodCard, ...] = (
         "2506.20480",
         "tailoring.search:TailorSearch",
         "Drop layers, and fill each place that is left from the base, a fine-tune or a blend, by search.",
+        verdict="weaker claim",
     ),
     _compression(
         "shortgpt",

@@ -100,7 +100,7 @@ def tokenise(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> None:
         tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
 
 
-def prepare(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], list[int]]]:
+def prepare(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[Any, Any]]:
     """Ours: tokenised once, copies of a batch in one call."""
     for number, (prompts, answers) in enumerate(batches(pairs)):
         columns = meap_sft_map(
@@ -143,7 +143,7 @@ def consume(rows: Iterator[Any]) -> None:
 
 
 def agree_on_rows(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> str:
-    ours = list(prepare(tokenizer, pairs))
+    ours = [(ids.tolist(), labels.tolist()) for ids, labels in prepare(tokenizer, pairs)]
     theirs = list(prepare_one_by_one(tokenizer, pairs, random.Random(0)))
     assert len(ours) == len(theirs)
     mask = tokenizer.mask_token_id

@@ -9,9 +9,11 @@ import torch
 
 from weightsmith.compression import TailorSearch
 from weightsmith.compression.tailoring import search as module
+from weightsmith.compression.tailoring.evaluator import Outcome, Tally
 from weightsmith.compression.tailoring.pool import LayerPool
 from weightsmith.compression.tailoring.scoring import FunctionTask, example_order
-from weightsmith.compression.tailoring.stopping import Cut, rounds
+from weightsmith.compression.tailoring.space import Configuration
+from weightsmith.compression.tailoring.stopping import Cut, edges, pieces
 from weightsmith.compression.tailoring.trials import read_trials
 from weightsmith.runs.atomic import read_lines
 
@@ -146,15 +148,18 @@ def test_a_search_that_ended_within_a_rung_goes_on_as_if_it_had_not(models, tmp_
 
 
 class OutOfOrder:
-    """As many workers as there are jobs: none knows of another, and the last is first to answer."""
+    """As many workers as there are pieces: none knows of another, and the last is first to answer."""
 
     def __init__(self, evaluator):
         self.evaluator = evaluator
 
     def outcomes(self, numbers, job):
-        jobs = [(number, job(number)) for number in numbers]
-        for number, given in reversed(jobs):
-            yield number, self.evaluator(*given)
+        tallies = {number: Tally(*job(number)) for number in numbers}
+        for number, tally in reversed(tallies.items()):
+            given = [tally.give() for _ in range(tally.num_left)]
+            for place, spans in reversed(given):
+                tally.add(place, self.evaluator(tally.configuration, spans))
+            yield number, tally.outcome
 
 
 def test_workers_that_know_nothing_of_one_another_change_nothing(models, tmp_path, monkeypatch):
@@ -208,14 +213,63 @@ def test_scores_of_lower_rungs_count():
     assert cut.is_hopeless({"a": [0.0, 0.0]})
 
 
+RUNGS = (30, 90, 270, 1000)
+
+
 @pytest.mark.parametrize(
-    "spans", [{"a": (0, 5)}, {"a": (33, 100), "b": (10, 11)}, {"a": (0, 1000)}, {"a": (7, 7)}]
+    "spans", [{"a": (0, 5)}, {"a": (33, 100), "b": (10, 11)}, {"a": (0, 1000), "b": (0, 90)}, {"a": (7, 7)}]
 )
-def test_rounds_cover_the_spans_once_and_in_order(spans):
-    pieces = rounds(spans)
-    assert len(pieces) <= 4
+def test_pieces_cover_the_spans_once_and_in_order(spans):
+    parts = pieces(spans, edges(RUNGS))
     for task, (start, stop) in spans.items():
-        covered = [index for piece in pieces for index in range(*piece[task])]
+        covered = [index for part in parts for index in range(*part[task])]
         assert covered == list(range(start, stop))
-    longest = max(stop - start for start, stop in spans.values())
-    assert len(pieces) == max(1, min(4, longest // 16))
+
+
+def test_a_trial_that_begins_at_a_higher_budget_has_the_pieces_of_those_that_came_up_to_it():
+    ends = edges(RUNGS)
+    whole = pieces({"a": (0, 270), "b": (0, 100)}, ends)
+    steps = [
+        part
+        for low, high in itertools.pairwise((0, *RUNGS[:3]))
+        for part in pieces({"a": (low, high), "b": (min(low, 100), min(high, 100))}, ends)
+    ]
+    assert whole == steps
+    assert [part["a"][1] for part in whole] == [30, 50, 70, 90, 135, 180, 225, 270]
+
+
+def test_pieces_of_several_budgets_end_at_each_and_are_not_small():
+    for rungs in ([5], [48, 144], [100, 300, 1000], [1, 2, 3]):
+        ends = edges(rungs)
+        assert set(rungs) <= set(ends)
+        assert list(ends) == sorted(set(ends))
+        for low, high in itertools.pairwise((0, *rungs)):
+            inside = [low, *(end for end in ends if low < end <= high)]
+            assert len(inside) - 1 == max(1, min(4, (high - low) // 16))
+
+
+def test_pieces_count_in_order_and_no_further_than_where_a_trial_ends():
+    cut = Cut(1, [{"a": 0.5}], {"a": (0.0, 0)}, {"a": 8})
+    parts = pieces({"a": (0, 8)}, [2, 4, 6, 8])
+    tally = Tally(Configuration.of(4), parts, cut)
+    given = [tally.give() for _ in range(4)]
+    assert [spans["a"] for _, spans in given] == [(0, 2), (2, 4), (4, 6), (6, 8)]
+    for place, values in ((3, (1.0, 1.0)), (2, (0.0, 0.0)), (1, (0.0, 0.0))):
+        tally.add(place, Outcome("ok", {"a": values}, 1.0))
+        assert tally.outcome is None
+    tally.add(0, Outcome("ok", {"a": (1.0, 0.0)}, 1.0))
+    # After three pieces five of eight are wrong, which one rival beats for sure.
+    assert tally.outcome == Outcome("stopped", {"a": (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)}, 3.0)
+    assert tally.num_left == 0
+
+
+def test_a_piece_that_fails_ends_the_trial_where_it_stands():
+    tally = Tally(Configuration.of(4), pieces({"a": (0, 8)}, [2, 4, 6, 8]), None)
+    (one, _), (two, _), (three, _) = (tally.give() for _ in range(3))
+    tally.add(three, Outcome("nonfinite", seconds=1.0))
+    tally.add(two, Outcome("failed", seconds=1.0, kind="ValueError", error="..."))
+    assert tally.outcome is None
+    assert tally.num_left == 1
+    tally.add(one, Outcome("ok", {"a": (1.0, 1.0)}, 1.0))
+    assert tally.outcome == Outcome("failed", seconds=2.0, kind="ValueError", error="...")
+    assert tally.num_left == 0

@@ -1,12 +1,21 @@
 """What is refused before anything is computed, and workers that fail."""
 
+import multiprocessing
 import os
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
 from weightsmith.compression import TailorSearch
 from weightsmith.compression.tailoring import sources, workers
+from weightsmith.compression.tailoring.evaluator import Outcome
 from weightsmith.compression.tailoring.scoring import FunctionTask
+from weightsmith.compression.tailoring.space import Configuration
+from weightsmith.compression.tailoring.stopping import Cut
 from weightsmith.errors import InputError, MissingExtraError, SystemFault
 
 from .made import Likelihood, family
@@ -61,8 +70,6 @@ def test_a_function_that_processes_cannot_reach_is_refused():
 
 
 def test_a_second_search_in_a_folder_waits_for_the_first(tmp_path, caplog):
-    import threading
-
     from weightsmith.runs import FolderLock
 
     search = TailorSearch(*family(), tasks=Likelihood(), work=tmp_path, **SMALL)
@@ -77,8 +84,17 @@ def test_a_second_search_in_a_folder_waits_for_the_first(tmp_path, caplog):
     assert (tmp_path / "plan.json").exists()
 
 
+def until_the_others_are_gone():
+    """In the search's own process: its trial ends after those of the others."""
+    while multiprocessing.active_children():
+        time.sleep(0.01)
+
+
 def die(model, indices):
-    os._exit(3)
+    if multiprocessing.parent_process() is not None:
+        os._exit(3)
+    until_the_others_are_gone()
+    return [0.5 for _ in indices]
 
 
 def test_a_worker_that_dies_is_one_line():
@@ -91,11 +107,86 @@ def wrong(model, indices):
     return [7.0 for _ in indices]
 
 
+def wrong_elsewhere(model, indices):
+    if multiprocessing.parent_process() is not None:
+        return [7.0 for _ in indices]
+    until_the_others_are_gone()
+    return [0.5 for _ in indices]
+
+
 @pytest.mark.slow  # two processes that import torch
 def test_a_wrong_score_in_a_worker_is_the_users_error_here():
-    search = TailorSearch(*family(), tasks=FunctionTask("mine", wrong, 12), num_workers=2, **SMALL)
+    search = TailorSearch(*family(), tasks=FunctionTask("mine", wrong_elsewhere, 12), num_workers=2, **SMALL)
     with pytest.raises(InputError, match=r"task `mine`: scored 7\.0"):
         search.run()
+
+
+def jobs(count, num_pieces):
+    """Trials of so many pieces of one example."""
+    parts = [{"a": (place, place + 1)} for place in range(num_pieces)]
+    return {number: (Configuration.of(8, [number]), parts, None) for number in range(count)}
+
+
+@contextmanager
+def crew(*scores):
+    """Workers that are threads, each with a function of its own in the place of an evaluator."""
+    with ThreadPoolExecutor(len(scores)) as executor:
+        yield workers._Crew([partial(executor.submit, score) for score in scores])
+
+
+def test_workers_without_a_trial_of_their_own_take_pieces_of_one_that_runs():
+    two_at_once = threading.Barrier(2, timeout=20)
+
+    def score(configuration, spans):
+        two_at_once.wait()
+        return Outcome("ok", {"a": (spans["a"][0] / 8,)}, 1.0)
+
+    given = jobs(1, 4)
+    with crew(score, score) as both:
+        assert list(both.outcomes(given, given.get)) == [
+            (0, Outcome("ok", {"a": (0, 0.125, 0.25, 0.375)}, 4.0))
+        ]
+
+
+def test_workers_stay_with_their_trials_and_give_their_pieces_in_order():
+    seen = {"one": [], "two": []}
+    in_step = threading.Barrier(2, timeout=20)
+
+    def score(name, configuration, spans):
+        seen[name].append((configuration.dropped[0], spans["a"][0]))
+        in_step.wait()
+        return Outcome("ok", {"a": (1.0,)})
+
+    given = jobs(4, 3)
+    with crew(partial(score, "one"), partial(score, "two")) as both:
+        assert sorted(number for number, _ in both.outcomes(given, given.get)) == [0, 1, 2, 3]
+    for pieces in seen.values():
+        trials = list(dict.fromkeys(number for number, _ in pieces))
+        assert pieces == [(number, place) for number in trials for place in range(3)]
+
+
+def test_a_worker_that_is_not_up_is_not_waited_for():
+    given, never = jobs(3, 2), Future()
+    with ThreadPoolExecutor(1) as executor:
+        alone = workers._Crew(
+            [partial(executor.submit, lambda *_: Outcome("ok", {"a": (1.0,)}))], {never: lambda *_: None}
+        )
+        assert [number for number, _ in alone.outcomes(given, given.get)] == [0, 1, 2]
+
+
+def test_a_trial_that_is_given_up_takes_its_other_pieces_with_it():
+    scored = []
+
+    def score(configuration, spans):
+        scored.append(spans["a"])
+        return Outcome("ok", {"a": (0.0,)})
+
+    cut = Cut(1, [{"a": 0.5}], {"a": (0.0, 0)}, {"a": 4})
+    (configuration, parts, _), given = jobs(1, 4)[0], {}
+    given[0] = (configuration, parts, cut)
+    with crew(score) as one:
+        assert list(one.outcomes(given, given.get)) == [(0, Outcome("stopped", {"a": (0.0, 0.0, 0.0)}))]
+    assert scored == [(0, 1), (1, 2), (2, 3)]
 
 
 def test_a_cluster_without_ray_says_what_to_install(monkeypatch):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from weightsmith.compression.tailoring.backends import Request
 from weightsmith.compression.tailoring.evaluator import Outcome
 from weightsmith.compression.tailoring.scoring import Task
-from weightsmith.compression.tailoring.stopping import Cut, Spans
+from weightsmith.compression.tailoring.stopping import Cut, Spans, edges, pieces
 from weightsmith.compression.tailoring.trials import Trial, TrialLog, lengthened
 from weightsmith.compression.tailoring.workers import Job
 from weightsmith.errors import WeightsmithError
@@ -49,6 +49,7 @@ class Book:
     ) -> None:
         self._tasks, self._log, self._max_failures = tasks, trial_log, max_failures
         self._lowest, self._highest, self._early_stop = rungs[0], rungs[-1], early_stop
+        self._edges = edges(rungs)
         self.trials: dict[Key, Trial] = {}
         self._numbers: dict[Key, int] = {}
         self._requests: dict[int, Request] = {}
@@ -56,7 +57,7 @@ class Book:
         self._failures: Counter[str] = Counter()
         self._places: dict[Key, int] = {}  # of what was asked last; what was known before comes first
         self._queue: deque[int] = deque()
-        self._spans: dict[int, Spans] = {}
+        self._parts: dict[int, list[Spans]] = {}
         self._came: dict[int, Outcome] = {}
         self._logged: dict[int, Trial] = {}
 
@@ -89,15 +90,15 @@ class Book:
         return new
 
     def job(self, number: int) -> Job:
-        """What to compute: of each task the examples that no lower budget has scored."""
+        """What to compute: of each task the examples that no lower budget has scored, in pieces."""
         request = self._requests[number]
         spans = {}
         for task in self._tasks:
             known = len(self._values.get((request.configuration.key, task.name), ()))
             stop = min(request.budget, task.size)
             spans[task.name] = (min(known, stop), stop)
-        self._spans[number] = spans
-        return request.configuration, spans, self._cut(number)
+        self._parts[number] = pieces(spans, self._edges)
+        return request.configuration, self._parts[number], self._cut(number)
 
     def take(self, number: int, outcome: Outcome) -> None:
         """An outcome came."""
@@ -108,10 +109,10 @@ class Book:
         """Make an outcome durable: every one before it is."""
         request, cut = self._requests[number], self._cut(number)
         if cut is not None and outcome.status in ("ok", "stopped"):
-            kept = cut.trimmed(self._spans[number], outcome.values)
+            kept = cut.trimmed(self._parts[number], outcome.values)
             if kept is not None:
                 outcome = replace(outcome, status="stopped", values=kept)
-        costs, starts = {}, {task: start for task, (start, _) in self._spans[number].items()}
+        costs, starts = {}, {task: start for task, (start, _) in self._parts[number][0].items()}
         for task in self._tasks:
             key = (request.configuration.key, task.name)
             new = outcome.values.get(task.name, ())
@@ -159,14 +160,14 @@ class Book:
 
     def _accept(self, number: int, found: Trial) -> None:
         """A trial of the log. A search that ended within a rung knew of fewer trials than there are now."""
-        _, spans, cut = self.job(number)
-        new = {task: scores[slice(*spans[task])] for task, scores in found.values.items()}
+        _, parts, cut = self.job(number)
+        starts = {task: start for task, (start, _) in parts[0].items()}
+        new = {task: scores[starts[task] : parts[-1][task][1]] for task, scores in found.values.items()}
         new = {task: scores for task, scores in new.items() if scores}
-        shorter = cut.trimmed(spans, new) if cut is not None and found.status != "nonfinite" else None
+        shorter = cut.trimmed(parts, new) if cut is not None and found.status != "nonfinite" else None
         if shorter is not None and shorter != new:
             self.finish(number, Outcome("stopped", shorter, found.seconds))
         else:
-            starts = {task: start for task, (start, _) in spans.items()}
             self._remember(replace(found, id=number, values=new, starts=starts))
 
     def _cut(self, number: int) -> Cut | None:

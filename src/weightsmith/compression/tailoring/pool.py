@@ -89,6 +89,7 @@ class LayerPool:
         self._cache: _Cache = _Cache(cache_bytes)
         self._configs: dict[tuple[int, ...], Any] = {}
         self._shell: Any = None
+        self._assembled: Configuration | None = None
 
     @property
     def num_candidates(self) -> int:
@@ -120,7 +121,9 @@ class LayerPool:
         self._check(configuration)
         if self._shell is None:
             self._shell = _shell(self.base, self._layers[0])
-        shell = self._shell
+        if configuration == self._assembled:
+            return self._shell.eval()
+        self._assembled, shell = None, self._shell
         layers = nn.ModuleList(
             self._layer(layer, place, None) for place, layer in enumerate(configuration.layers)
         )
@@ -133,6 +136,7 @@ class LayerPool:
         config = self._config(configuration.kept)
         for module in _modules_outside(shell, self.path):
             _replace_config(module, config)
+        self._assembled = configuration
         return shell.eval()
 
     def build(self, configuration: Configuration, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -179,7 +183,7 @@ class LayerPool:
         return inside + sum(value.numel() for value in self._edges[0].values())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shell": None, "_cache": _Cache(self._cache.max_bytes)}
+        return {**self.__dict__, "_shell": None, "_assembled": None, "_cache": _Cache(self._cache.max_bytes)}
 
     def _check(self, configuration: Configuration) -> None:
         if configuration.depth != self.depth:

@@ -66,7 +66,7 @@ class TailorSearch:
         (`scoring.Task`).
         tokenizer: Of a loaded base; that of the folder otherwise.
         work: Folder of the log and the plan; a search that was begun there goes on. None keeps all in memory.
-        num_workers: Trials at once, in processes of their own. The outcome does not depend on it.
+        num_workers: Trials at once, all but one in processes of their own. The outcome does not depend on it.
         ray: Compute on a Ray cluster instead: "auto", "local" or HOST:PORT.
         device: For models that are loaded here.
         dtype: For models that are loaded here.

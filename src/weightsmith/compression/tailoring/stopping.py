@@ -1,8 +1,11 @@
-"""When a trial is given up while it is scored: once it can't come back into the running.
+"""The pieces a trial is scored in, and when it is given up between them: once it can't come back into the
+running.
 
-Examples are scored in rounds. After each, the score that the trial would have if all remaining examples were
-right is compared with trials of the same budget that are done: where enough of these are better, however the
-tasks are weighed, the rest is not scored.
+Pieces end at the budgets and a few places between them, the same for all trials: what one began, another
+finds in the cache of activations; workers can share a trial; and none of that changes a score by a bit. After
+each piece, the score that the trial would have if all remaining examples were right is compared with trials
+of the same budget that are done: where enough of these are better, however the tasks are weighed, the rest is
+not scored.
 
     below the highest rung   as many of the rung's trials, those before it, as may go on to the next rung
     at the highest rung      as many as have children: then this one can't, and isn't in the Pareto set
@@ -18,6 +21,7 @@ Source  arXiv:2506.20480 scores every trial to its end. Ours.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,23 +31,42 @@ Spans = Mapping[str, tuple[int, int]]
 Values = Mapping[str, Sequence[float]]
 """Of each task: scores of the examples of its span, as far as there are any."""
 
-_ROUNDS, _LEAST = 4, 16
-"""Rounds of a trial at most; examples of one task in a round at least: small batches are slow."""
+_PIECES, _LEAST = 4, 16
+"""Pieces between two budgets at most; examples of one task in a piece at least: small batches are slow."""
 _SURE = 1e-9
 """Costs are sums of a thousand numbers of six places: what differs by more than this differs."""
 
 
-def rounds(spans: Spans) -> list[Spans]:
-    """The spans in pieces, one after the other; they depend on nothing else."""
-    longest = max((stop - start for start, stop in spans.values()), default=0)
-    count = max(1, min(_ROUNDS, longest // _LEAST))
+def edges(rungs: Sequence[int]) -> tuple[int, ...]:
+    """Where pieces end, as numbers of examples.
 
-    def until(start: int, stop: int, piece: int) -> int:
-        return start + math.ceil((stop - start) * piece / count)
+    Example:
+        >>> edges([30, 90])
+        (30, 50, 70, 90)
+    """
+    found = []
+    for low, high in itertools.pairwise((0, *rungs)):
+        count = max(1, min(_PIECES, (high - low) // _LEAST))
+        found += [low + math.ceil((high - low) * piece / count) for piece in range(1, count + 1)]
+    return tuple(found)
 
+
+def pieces(spans: Spans, ends: Sequence[int]) -> list[Spans]:
+    """The spans in pieces, one after the other, cut at `ends` and nowhere else; at least one.
+
+    Example:
+        >>> pieces({"a": (10, 70), "b": (10, 20)}, [30, 50, 70, 90])
+        [{'a': (10, 30), 'b': (10, 20)}, {'a': (30, 50), 'b': (20, 20)}, {'a': (50, 70), 'b': (20, 20)}]
+    """
+    first = min(start for start, _ in spans.values())
+    last = max(stop for _, stop in spans.values())
+    cuts = [first, *(end for end in ends if first < end < last), last]
     return [
-        {task: (until(*span, piece), until(*span, piece + 1)) for task, span in spans.items()}
-        for piece in range(count)
+        {
+            task: (min(max(low, start), stop), min(max(high, start), stop))
+            for task, (start, stop) in spans.items()
+        }
+        for low, high in itertools.pairwise(cuts)
     ]
 
 
@@ -82,14 +105,14 @@ class Cut:
         )
         return better >= self.survivors
 
-    def trimmed(self, spans: Spans, values: Values) -> dict[str, tuple[float, ...]] | None:
-        """The scores up to where it is first hopeless; None where it never is before the end."""
-        for piece in rounds(spans)[:-1]:
+    def trimmed(self, parts: Sequence[Spans], values: Values) -> dict[str, tuple[float, ...]] | None:
+        """The scores up to the piece after which it is hopeless; None where it never is before the end."""
+        for part in parts[:-1]:
             kept = {
-                task: tuple(values.get(task, ())[: stop - spans[task][0]])
-                for task, (_, stop) in piece.items()
+                task: tuple(values.get(task, ())[: stop - parts[0][task][0]])
+                for task, (_, stop) in part.items()
             }
-            if any(len(kept[task]) < stop - spans[task][0] for task, (_, stop) in piece.items()):
+            if any(len(kept[task]) < stop - parts[0][task][0] for task, (_, stop) in part.items()):
                 return None  # it was given up before
             if self.is_hopeless(kept):
                 return {task: found for task, found in kept.items() if found}

@@ -1,6 +1,9 @@
-"""Where trials are computed: here, in processes of this machine, or on a Ray cluster.
+"""Where trials are computed: here, in more processes of this machine, or on a Ray cluster.
 
-Processes get the pool once and share its memory. Answers come in any order; whoever asks puts them in theirs.
+Processes get the pool once and share its memory. They take seconds to start, in which this process has long
+begun; each is given its first piece of a trial when it is up. A worker goes on with the trial it has, else it
+begins another one, else it takes a piece of one that another has begun: at high budgets there are fewer
+trials than workers. Answers come in any order; whoever asks puts them in theirs.
 """
 
 from __future__ import annotations
@@ -9,16 +12,19 @@ import concurrent.futures as futures
 import os
 import pickle
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
-from weightsmith.compression.tailoring.evaluator import Evaluator, Outcome
+from weightsmith.compression.tailoring.evaluator import Evaluator, Outcome, Tally
 from weightsmith.compression.tailoring.space import Configuration
 from weightsmith.compression.tailoring.stopping import Cut, Spans
 from weightsmith.errors import InputError, SystemFault, require
 
-Job = tuple[Configuration, Spans, Cut | None]
+Job = tuple[Configuration, Sequence[Spans], Cut | None]
+"""A configuration, the pieces to score, and what it is up against."""
 
 _evaluator: Evaluator | None = None
 """Of a worker process."""
@@ -44,59 +50,121 @@ class Here:
     def outcomes(self, numbers: Sequence[int], job: Callable[[int], Job]) -> Iterator[tuple[int, Outcome]]:
         """As `Workers`."""
         for number in numbers:
-            yield number, self._evaluator(*job(number))
+            tally = Tally(*job(number))
+            while tally.outcome is None:
+                place, spans = tally.give()
+                tally.add(place, self._evaluator(tally.configuration, spans))
+            yield number, tally.outcome
 
 
-class Processes:
-    """Trials in processes of this machine."""
+Submit = Callable[[Configuration, Spans], "futures.Future[Outcome]"]
 
-    def __init__(self, executor: futures.Executor, count: int) -> None:
-        self._executor, self._count = executor, count
+
+class _Worker:
+    """Scores one piece at a time; `tally` is the trial that the last one was of."""
+
+    def __init__(self, submit: Submit) -> None:
+        self.submit = submit
+        self.tally: Tally | None = None
+
+
+class _Crew:
+    """Several workers at once.
+
+    Args:
+        submits: Of each worker that is up, what gives it a piece.
+        starting: Of each that is not, what ends when it is.
+    """
+
+    def __init__(
+        self, submits: Sequence[Submit], starting: Mapping[futures.Future[None], Submit] | None = None
+    ) -> None:
+        self._free = [_Worker(submit) for submit in submits]
+        self._starting = dict(starting or {})
 
     def outcomes(self, numbers: Sequence[int], job: Callable[[int], Job]) -> Iterator[tuple[int, Outcome]]:
         """As `Workers`."""
         waiting = deque(numbers)
-        running: dict[futures.Future[Outcome], int] = {}
+        begun: dict[Tally, int] = {}
+        running: dict[futures.Future[Outcome], tuple[_Worker, Tally, int]] = {}
+
+        def chosen(worker: _Worker) -> Tally | None:
+            if worker.tally is not None and worker.tally.num_left:
+                return worker.tally
+            if waiting:
+                number = waiting.popleft()
+                begun[tally := Tally(*job(number))] = number
+                return tally
+            return max(
+                (tally for tally in begun if tally.num_left), key=lambda one: one.num_left, default=None
+            )
+
+        while waiting or begun or running:
+            while self._free and (tally := chosen(self._free[-1])) is not None:
+                worker = self._free.pop()
+                worker.tally = tally
+                place, spans = tally.give()
+                running[worker.submit(tally.configuration, spans)] = (worker, tally, place)
+            watched: list[futures.Future[Any]] = [*running, *self._starting]
+            done, _ = futures.wait(watched, return_when=futures.FIRST_COMPLETED)
+            for up in self._starting.keys() & done:
+                up.result()
+                self._free.append(_Worker(self._starting.pop(up)))
+            for one in running.keys() & done:
+                worker, tally, place = running.pop(one)
+                self._free.append(worker)
+                tally.add(place, one.result())
+                if tally.outcome is not None and tally in begun:
+                    yield begun.pop(tally), tally.outcome
+
+
+class Processes(_Crew):
+    """This process and others of this machine.
+
+    Args:
+        evaluator: What scores here.
+        executor: Of one thread: while it scores, the thread that asks keeps the others busy.
+        others: Executors of one process each.
+    """
+
+    def __init__(
+        self, evaluator: Evaluator, executor: futures.Executor, others: Sequence[futures.Executor]
+    ) -> None:
+        super().__init__(
+            [partial(executor.submit, evaluator)],
+            # As bytes: what a process is started with is waited for, and a queue's thread would pickle it
+            # while trials run.
+            {
+                other.submit(_begin, bytes(ForkingPickler.dumps(evaluator))): partial(other.submit, _evaluate)
+                for other in others
+            },
+        )
+
+    def outcomes(self, numbers: Sequence[int], job: Callable[[int], Job]) -> Iterator[tuple[int, Outcome]]:
+        """As `Workers`."""
         try:
-            while waiting or running:
-                while waiting and len(running) < self._count:
-                    number = waiting.popleft()
-                    running[self._executor.submit(_evaluate, *job(number))] = number
-                done, _ = futures.wait(running, return_when=futures.FIRST_COMPLETED)
-                for one in done:
-                    yield running.pop(one), one.result()
+            yield from super().outcomes(numbers, job)
         except futures.BrokenExecutor as problem:
             raise SystemFault(
                 f"a worker of the search died ({problem}); what it had finished is in the log"
             ) from problem
-        finally:
-            for left in running:
-                left.cancel()
 
 
-class Machines:
-    """Trials on the actors of a Ray cluster, each with the pool once."""
+class Machines(_Crew):
+    """The actors of a Ray cluster, each with the pool once."""
 
-    def __init__(self, ray: Any, actors: list[Any]) -> None:
-        self._ray, self._actors = ray, actors
+    def __init__(self, ray: Any, actors: Sequence[Any]) -> None:
+        super().__init__([partial(_submit_to, actor) for actor in actors])
+        self._ray = ray
 
     def outcomes(self, numbers: Sequence[int], job: Callable[[int], Job]) -> Iterator[tuple[int, Outcome]]:
         """As `Workers`."""
-        waiting, running = deque(numbers), {}
-        free = list(self._actors)
-        while waiting or running:
-            while waiting and free:
-                number, actor = waiting.popleft(), free.pop()
-                running[actor.evaluate.remote(*job(number))] = (number, actor)
-            (done,), _ = self._ray.wait(list(running), num_returns=1)
-            number, actor = running.pop(done)
-            free.append(actor)
-            try:
-                yield number, self._ray.get(done)
-            except self._ray.exceptions.RayTaskError as problem:
-                raise problem.cause or problem from problem
-            except self._ray.exceptions.RayError as problem:
-                raise SystemFault(f"ray: a worker of the search was lost: {problem}") from problem
+        try:
+            yield from super().outcomes(numbers, job)
+        except self._ray.exceptions.RayTaskError as problem:
+            raise problem.cause or problem from problem
+        except self._ray.exceptions.RayError as problem:
+            raise SystemFault(f"ray: a worker of the search was lost: {problem}") from problem
 
 
 def workers(evaluator: Evaluator, count: int = 1, ray: str | None = None) -> AbstractContextManager[Workers]:
@@ -125,11 +193,13 @@ def _processes(evaluator: Evaluator, count: int) -> Iterator[Workers]:
 
     _check_tasks(evaluator)
     _check_shared_memory(evaluator)
+    evaluator.at_once = count
     # Torch must not be forked: its threads and its CUDA contexts don't survive it.
-    with futures.ProcessPoolExecutor(
-        count, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(evaluator,)
-    ) as executor:
-        yield Processes(executor, count)
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as executors:
+        here = executors.enter_context(futures.ThreadPoolExecutor(1))
+        others = [executors.enter_context(futures.ProcessPoolExecutor(1, context)) for _ in range(count - 1)]
+        yield Processes(evaluator, here, others)
 
 
 @contextmanager
@@ -165,18 +235,22 @@ class _Actor:
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
 
-    def evaluate(self, configuration: Configuration, spans: Spans, cut: Cut | None) -> Outcome:
-        return self._evaluator(configuration, spans, cut)
+    def evaluate(self, configuration: Configuration, spans: Spans) -> Outcome:
+        return self._evaluator(configuration, spans)
 
 
-def _begin(evaluator: Evaluator) -> None:
+def _submit_to(actor: Any, configuration: Configuration, spans: Spans) -> futures.Future[Outcome]:
+    return actor.evaluate.remote(configuration, spans).future()
+
+
+def _begin(evaluator: bytes) -> None:
     global _evaluator
-    _evaluator = evaluator
+    _evaluator = pickle.loads(evaluator)
 
 
-def _evaluate(configuration: Configuration, spans: Spans, cut: Cut | None) -> Outcome:
+def _evaluate(configuration: Configuration, spans: Spans) -> Outcome:
     assert _evaluator is not None
-    return _evaluator(configuration, spans, cut)
+    return _evaluator(configuration, spans)
 
 
 def _check_tasks(evaluator: Evaluator) -> None:

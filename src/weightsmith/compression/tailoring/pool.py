@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +30,9 @@ from weightsmith.compression.tailoring.family import (
     check_tensors,
     warn_of_strangers,
 )
-from weightsmith.compression.tailoring.layers import fitted_config, renumber, stack_path, text_config
+from weightsmith.compression.tailoring.layers import fitted_config, stack_path
 from weightsmith.compression.tailoring.options import Compat, Edge
+from weightsmith.compression.tailoring.shell import PlacedLayer, Shell, replace_config
 from weightsmith.compression.tailoring.space import Configuration, Layer
 from weightsmith.errors import InputError
 
@@ -88,8 +89,7 @@ class LayerPool:
         warn_of_strangers(self.names, self._layers)
         self._cache: _Cache = _Cache(cache_bytes)
         self._configs: dict[tuple[int, ...], Any] = {}
-        self._shell: Any = None
-        self._assembled: Configuration | None = None
+        self._parts: _Parts | None = None
 
     @property
     def num_candidates(self) -> int:
@@ -119,25 +119,20 @@ class LayerPool:
             InputError: a configuration of another depth, or a source that is not there.
         """
         self._check(configuration)
-        if self._shell is None:
-            self._shell = _shell(self.base, self._layers[0])
-        if configuration == self._assembled:
-            return self._shell.eval()
-        self._assembled, shell = None, self._shell
-        layers = nn.ModuleList(
-            self._layer(layer, place, None) for place, layer in enumerate(configuration.layers)
-        )
-        for place, layer in enumerate(layers):
-            renumber(layer, place)
-        parent, _, last = self.path.rpartition(".")
-        setattr(shell.get_submodule(parent), last, layers)
-        for name, value in self._outside(configuration, None).items():
-            _assign(shell, name, value)
-        config = self._config(configuration.kept)
-        for module in _modules_outside(shell, self.path):
-            _replace_config(module, config)
-        self._assembled = configuration
-        return shell.eval()
+        if self._parts is None:
+            self._parts = _Parts(self.base, self.path, self._layers)
+        parts = self._parts
+        if configuration != parts.assembled:
+            parts.assembled = None
+            layers = []
+            for place, layer in enumerate(configuration.layers):
+                if layer.is_merged:
+                    layers.append(parts.blend(layer.layer, self._blend(layer, place, None)))
+                else:
+                    layers.append(parts.layer(_source(layer), layer.layer))
+            parts.shell.fill(layers, self._outside(configuration, None), self._config(configuration.kept))
+            parts.assembled = configuration
+        return parts.shell.model
 
     def build(self, configuration: Configuration, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The same as a model of its own that shares nothing.
@@ -150,30 +145,30 @@ class LayerPool:
             InputError: as `assemble`.
         """
         self._check(configuration)
-        model = _shell(self.base, self._layers[0])
         layers = []
         for place, layer in enumerate(configuration.layers):
-            made = self._layer(layer, place, dtype)
-            layers.append(copy.deepcopy(made).to(dtype or _dtype(made)))
-            renumber(layers[-1], place)
-        parent, _, last = self.path.rpartition(".")
-        setattr(model.get_submodule(parent), last, nn.ModuleList())
-        for module in model.modules():
-            module._buffers.update(
-                {key: value.clone() for key, value in module._buffers.items() if value is not None}
-            )
+            made = PlacedLayer(self._layers[0 if layer.is_merged else _source(layer)][layer.layer]).copy()
+            if layer.is_merged:
+                made.put(self._blend(layer, place, dtype))
+            layers.append(PlacedLayer(copy.deepcopy(made.layer).to(dtype or _dtype(made.layer))))
+        outside = {}
         for name, value in self._outside(configuration, dtype).items():
             wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
-            _assign(model, name, nn.Parameter(value.detach().to(wanted, copy=True), value.requires_grad))
-        setattr(model.get_submodule(parent), last, nn.ModuleList(layers))
+            outside[name] = nn.Parameter(value.detach().to(wanted, copy=True), value.requires_grad)
         config = copy.deepcopy(self._config(configuration.kept))
         if dtype is not None:
             config.dtype = dtype
+        shell = Shell(self.base, self.path)
+        for module in shell.model.modules():
+            module._buffers.update(
+                {key: value.clone() for key, value in module._buffers.items() if value is not None}
+            )
+        model = shell.fill(layers, outside, config)
         for module in model.modules():
-            _replace_config(module, config)
+            replace_config(module, config)
         if (generation := getattr(self.base, "generation_config", None)) is not None:
             model.generation_config = copy.deepcopy(generation)
-        return model.eval()
+        return model
 
     def num_parameters(self, configuration: Configuration) -> int:
         """Parameters of the model of a configuration, tied ones once."""
@@ -183,7 +178,7 @@ class LayerPool:
         return inside + sum(value.numel() for value in self._edges[0].values())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shell": None, "_assembled": None, "_cache": _Cache(self._cache.max_bytes)}
+        return {**self.__dict__, "_parts": None, "_cache": _Cache(self._cache.max_bytes)}
 
     def _check(self, configuration: Configuration) -> None:
         if configuration.depth != self.depth:
@@ -204,19 +199,16 @@ class LayerPool:
             self._configs[kept] = fitted_config(self.base.config, kept)
         return self._configs[kept]
 
-    def _layer(self, layer: Layer, place: int, dtype: torch.dtype | None) -> nn.Module:
-        """The module of a kept layer: one that there is, or a blend."""
-        if not layer.is_merged:
-            return self._layers[layer.sources[0] if layer.sources else 0][layer.layer]
+    def _blend(self, layer: Layer, place: int, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """The tensors of a blended layer, by name."""
         number = place if self._compat == "repo" else layer.layer
         sources = [self._layers[source][layer.layer] for source in layer.sources]
-        base, like = self._layers[0][number], self._layers[0][layer.layer]
-        make = partial(_blended_layer, sources, base, like, layer.weight, dtype)
+        make = partial(_blended_layer, sources, self._layers[0][number], layer.weight, dtype)
         return self._cache.get((layer, number, dtype), make)
 
     def _outside(self, configuration: Configuration, dtype: torch.dtype | None) -> dict[str, nn.Parameter]:
         """Parameters outside of the layers, by name."""
-        found = {}
+        found: dict[str, Any] = {}
         first, last = configuration.layers[0], configuration.layers[-1]
         for name in self._edges[0]:
             layer = first if is_first(name) else last
@@ -230,28 +222,55 @@ class LayerPool:
                 found[name] = self._edges[sources[0] if sources else 0][name]
             else:
                 values = [self._edges[source][name] for source in sources]
-                make = partial(_blended_parameter, base, values, weight, dtype)
-                found[name] = self._cache.get((name, sources, weight, dtype), make)
+                make = partial(_blended_parameter, name, base, values, weight, dtype)
+                found.update(self._cache.get((name, sources, weight, dtype), make))
         return found
 
 
+class _Parts:
+    """What models are assembled of, found once: the modules of one of them are those of the next.
+
+    Attributes:
+        shell: Holds the layers of the model that was assembled.
+        assembled: What that is made of.
+    """
+
+    def __init__(self, base: Any, path: str, layers: Sequence[Sequence[nn.Module]]) -> None:
+        self.shell = Shell(base, path)
+        self.assembled: Configuration | None = None
+        self._layers = layers
+        self._known: dict[tuple[int, int], PlacedLayer] = {}
+        self._blends: dict[int, PlacedLayer] = {}
+
+    def layer(self, source: int, number: int) -> PlacedLayer:
+        """A layer of the base or of a candidate."""
+        if (source, number) not in self._known:
+            self._known[source, number] = PlacedLayer(self._layers[source][number])
+        return self._known[source, number]
+
+    def blend(self, number: int, tensors: Mapping[str, Tensor]) -> PlacedLayer:
+        """A layer with these tensors."""
+        if number not in self._blends:
+            self._blends[number] = self.layer(0, number).copy()
+        self._blends[number].put(tensors)
+        return self._blends[number]
+
+
 class _Cache:
-    """Modules and tensors by key, the least recently used ones given up beyond a number of bytes."""
+    """Tensors by key, the least recently used ones given up beyond a number of bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self._held = max_bytes, 0
-        self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[dict[str, Tensor], int]] = OrderedDict()
         self.misses = 0
 
-    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def get(self, key: Hashable, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         if key in self._entries:
             self._entries.move_to_end(key)
             return self._entries[key][0]
         self.misses += 1
         made = make()
-        size = (
-            sum(value.nbytes for value in made.parameters()) if isinstance(made, nn.Module) else made.nbytes
-        )
+        size = sum(value.nbytes for value in made.values())
         if size <= self.max_bytes:
             self._entries[key] = (made, size)
             self._held += size
@@ -275,42 +294,30 @@ def blended(
 
 
 def _blended_parameter(
-    base: Tensor, values: Sequence[Tensor], weight: float, dtype: torch.dtype | None
-) -> nn.Parameter:
-    return nn.Parameter(blended(base, values, weight, dtype), requires_grad=False)
+    name: str, base: Tensor, values: Sequence[Tensor], weight: float, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    return {name: nn.Parameter(blended(base, values, weight, dtype), requires_grad=False)}
 
 
 def _blended_layer(
-    sources: Sequence[nn.Module], base: nn.Module, like: nn.Module, weight: float, dtype: torch.dtype | None
-) -> nn.Module:
-    """A copy of the layer `like` with blended tensors."""
+    sources: Sequence[nn.Module], base: nn.Module, weight: float, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Of all parameters and buffers, by name."""
     values = [source.state_dict() for source in sources]
-    anchor = base.state_dict()
-    memo: dict[int, Any] = {}
-    for name, old in like.state_dict(keep_vars=True).items():
-        made = blended(anchor[name], [value[name] for value in values], weight, dtype)
-        memo[id(old)] = nn.Parameter(made, requires_grad=False) if isinstance(old, nn.Parameter) else made
-    for module in like.modules():
-        if hasattr(module, "config"):
-            memo[id(module.config)] = module.config
-    return copy.deepcopy(like, memo)
+    made: dict[str, Tensor] = {}
+    for name, old in base.state_dict(keep_vars=True).items():
+        new = blended(old, [value[name] for value in values], weight, dtype)
+        made[name] = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+    return made
 
 
-def _shell(base: Any, layers: Sequence[nn.Module]) -> Any:
-    """The base as a model of its own modules and the same tensors; its layers are the very ones."""
-    memo: dict[int, Any] = {id(layer): layer for layer in layers}
-    memo.update((id(value), value) for value in (*base.parameters(), *base.buffers()))
-    return copy.deepcopy(base, memo)
+def _source(layer: Layer) -> int:
+    """The model that a layer is taken from as it is."""
+    return layer.sources[0] if layer.sources else 0
 
 
 def _dtype(module: nn.Module) -> torch.dtype | None:
     return next((value.dtype for value in module.parameters() if value.is_floating_point()), None)
-
-
-def _modules_outside(model: nn.Module, path: str) -> Iterator[nn.Module]:
-    for name, module in model.named_modules():
-        if not name.startswith(f"{path}."):
-            yield module
 
 
 def _outside(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -320,26 +327,3 @@ def _outside(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Parameter]]:
     for name, value in model.named_parameters():
         if not name.startswith(f"{path}."):
             yield name, value
-
-
-def _assign(model: nn.Module, name: str, value: Any) -> None:
-    """Put a parameter in its place and in every other that is tied to it."""
-    parent, _, last = name.rpartition(".")
-    old = model.get_submodule(parent)._parameters[last]
-    if old is value:
-        return
-    for module in model.modules():
-        for key, held in module._parameters.items():
-            if held is old:
-                module._parameters[key] = value
-
-
-def _replace_config(module: Any, config: Any) -> None:
-    """Give a module the new config in the place of the one of its kind."""
-    held = module.__dict__.get("config")
-    if held is None:
-        return
-    for new in (config, text_config(config)):
-        if type(held) is type(new):
-            module.config = new
-            return

@@ -1,11 +1,15 @@
 """Windows and answers against plain loops and closed forms."""
 
+import inspect
+import itertools
 import math
+import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from weightsmith.evaluation import load_model
+from weightsmith.evaluation import likelihood, load_model
 from weightsmith.evaluation.likelihood import answers, start_token, text_nats, windows
 from weightsmith.testbed.alphabet import EOS, encode
 
@@ -87,6 +91,77 @@ def test_an_answer_is_greedy_exactly_when_generation_gives_it(llama):
         generated += [True, False]
     found = dict(entry for batch in answers(model, pairs, batch_size=3) for entry in batch)
     assert [found[index].is_greedy for index in range(len(pairs))] == generated
+
+
+def test_answers_that_differ_in_their_last_token_are_read_off_one_row(llama):
+    import torch
+
+    model, _ = load_model(llama)
+    prompt, other = ([EOS, *encode(text).tolist()] for text in ("which of them? ", "or "))
+    pairs = [(prompt, [7]), (other, [7]), (prompt, [3]), (prompt, [7, 3]), (prompt, [7, 5]), (prompt, [])]
+    # The same ids with another place of the answer are another row to a model that decides on prompts.
+    pairs.append(([*prompt, 7], [3]))
+    seen = []
+    forward = model.forward
+
+    def counted(**inputs):
+        seen.append(inputs["input_ids"].shape[0])
+        return forward(**inputs)
+
+    model.forward = counted
+    model.forward.__signature__ = inspect.signature(forward)
+    found = dict(entry for batch in answers(model, pairs) for entry in batch)
+    assert sum(seen) == 4
+    for index, (before, answer) in enumerate(pairs):
+        with torch.no_grad():
+            logits = forward(input_ids=torch.tensor([[*before, *answer]])).logits[0].log_softmax(-1)
+        rows = logits[len(before) - 1 : len(before) - 1 + len(answer)]
+        wanted = sum(float(row[token]) for row, token in zip(rows, answer, strict=True))
+        assert found[index].log_likelihood == pytest.approx(wanted, rel=1e-5)
+        assert found[index].is_greedy == (rows.argmax(-1).tolist() == answer)
+
+
+class Model:
+    """What batches are made by."""
+
+    def __init__(self, device, vocabulary):
+        self.device = SimpleNamespace(type=device)
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=vocabulary))
+
+
+class Choosing(Model):
+    for_prompts = None
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        (Model("cpu", 100), None),
+        (Model("cuda", 100), None),
+        (Model("cpu", 200_000), None),
+        (Choosing("cpu", 100), None),
+        (Model("cpu", 100), 7),
+    ],
+)
+def test_batches_are_as_large_as_they_may_be_and_no_larger(model, size):
+    lengths = sorted(random.Random(0).choices([3, 5, 40, 41, 700, 5000], k=300))
+    rows = [(max(1, length - place % 7), tuple(range(length))) for place, length in enumerate(lengths)]
+    batches = list(likelihood._row_batches(model, rows, size))
+    assert [row for batch in batches for row in batch] == rows
+
+    def is_allowed(batch):
+        if size is not None:
+            return len(batch) <= size
+        width = len(batch[-1][1])
+        kept = width - min(start for start, _ in batch) + 1
+        tokens = 1024 if model.device.type == "cpu" else 16_384
+        logits = 4 * len(batch) * kept * model.config.get_text_config().vocab_size
+        most = 16 if isinstance(model, Choosing) else len(rows)
+        return len(batch) * width <= tokens and logits <= 64 * 1024**2 and len(batch) <= most
+
+    for batch, following in itertools.pairwise(batches):
+        assert len(batch) == 1 or is_allowed(batch)
+        assert not is_allowed([*batch, following[0]])
 
 
 def test_a_uniform_model_needs_log2_of_the_vocabulary_per_token(uniform):

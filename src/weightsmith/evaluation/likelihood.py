@@ -26,8 +26,19 @@ from weightsmith.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-LOGITS_BYTES = 64 * 1024**2  # of one batch, fp32: small enough for the cache, enough for a matrix product
+LOGITS_BYTES = 64 * 1024**2
+"""Of one batch, fp32."""
 MAX_BATCH = 16
+"""Windows at once, and rows of a model that chooses its weights for each."""
+_TOKENS = {"cpu": 1024}
+"""Of one batch, by kind of device: on a CPU, enough for matrix products and few enough for the cache that
+what stands between them is read from. From widths of 96 to 1,024, twice as many took up to twice as long.
+"""
+_TOKENS_ELSEWHERE = 16_384
+
+
+Row = tuple[int, tuple[int, ...]]
+"""Tokens of the prompt; the ids that go into the model."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -128,31 +139,63 @@ def answers(
     """(index, Answer) of (prompt, answer) token ids, batch by batch, in order of length.
 
     Prompts must begin with the start token. Rows are padded on the right, where a causal model can't look.
+    Answers to one prompt that differ in their last token alone, such as the letters of a question with
+    choices, are read off one row.
     """
     import torch
 
-    order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]) + len(pairs[index][1]))
-    longest = max((len(prompt) + len(answer) for prompt, answer in pairs), default=1)
-    size = batch_size or default_batch_size(model, longest)
-    for begin in range(0, len(order), size):
-        batch = order[begin : begin + size]
-        width = max(len(pairs[index][0]) + len(pairs[index][1]) for index in batch)
-        keep = width - min(len(pairs[index][0]) for index in batch) + 1
-        rows_BL = np.zeros((len(batch), width), np.int64)
-        for row, index in enumerate(batch):
-            ids = [*pairs[index][0], *pairs[index][1]]
-            rows_BL[row, : len(ids)] = ids
-        with _deciding(model, [list(pairs[index][0]) for index in batch]):
-            logits_BKV = _logits(model, torch.from_numpy(rows_BL), keep).float().cpu()
-        found = []
-        for row, index in enumerate(batch):
-            prompt, answer = pairs[index]
-            first = len(prompt) - 1 - (width - keep)
-            logits_V = logits_BKV[row, first : first + len(answer)]
-            wanted = torch.tensor(answer)
-            likelihood = logits_V.log_softmax(-1).gather(1, wanted[:, None]).double().sum()
-            found.append((index, Answer(float(likelihood), bool((logits_V.argmax(-1) == wanted).all()))))
-        yield found
+    rows: dict[Row, list[int]] = {}
+    for index, (prompt, answer) in enumerate(pairs):
+        rows.setdefault((len(prompt), (*prompt, *answer[:-1])), []).append(index)
+    for batch in _row_batches(model, sorted(rows, key=lambda row: len(row[1])), batch_size):
+        width = len(batch[-1][1])
+        keep = width - min(start for start, _ in batch) + 1
+        inputs_BL = np.zeros((len(batch), width), np.int64)
+        for row, (_, ids) in enumerate(batch):
+            inputs_BL[row, : len(ids)] = ids
+        with _deciding(model, [list(ids[:start]) for start, ids in batch]):
+            logits_BKV = _logits(model, torch.from_numpy(inputs_BL), keep)
+        found = [(index, row) for row, key in enumerate(batch) for index in rows[key]]
+        counts = [len(pairs[index][1]) for index, _ in found]
+        numbers_T = np.repeat(np.arange(len(found)), counts)  # which answer a token is of
+        starts = [len(pairs[index][0]) - 1 - (width - keep) for index, _ in found]
+        place_T = np.arange(sum(counts)) + np.repeat(np.array(starts) - np.cumsum([0, *counts[:-1]]), counts)
+        row_T = np.repeat([row for _, row in found], counts)
+        token_T = np.fromiter((token for index, _ in found for token in pairs[index][1]), np.int64)
+        logits_TV = logits_BKV[torch.from_numpy(row_T), torch.from_numpy(place_T)].float()
+        wanted_T = torch.from_numpy(token_T).to(logits_TV.device)
+        nats_T = logits_TV.log_softmax(-1).gather(1, wanted_T[:, None])[:, 0].double().cpu().numpy()
+        missed_T = (logits_TV.argmax(-1) != wanted_T).cpu().numpy()
+        likelihoods = np.bincount(numbers_T, nats_T, len(found))
+        misses = np.bincount(numbers_T, missed_T, len(found))
+        yield [
+            (index, Answer(float(likelihood), not wrong))
+            for (index, _), likelihood, wrong in zip(found, likelihoods, misses, strict=True)
+        ]
+
+
+def _row_batches(model: Any, rows: Sequence[Row], size: int | None) -> Iterator[list[Row]]:
+    """Rows, the shortest first, as batches of `size`; by default as large as is fast, with small logits."""
+    most = size or (MAX_BATCH if hasattr(model, "for_prompts") else len(rows))
+    tokens, vocabulary = _max_tokens(model), model.config.get_text_config().vocab_size
+    batch: list[Row] = []
+    shortest = 0
+    for row in rows:
+        start, ids = row
+        kept = len(ids) - min(shortest, start) + 1
+        count = len(batch) + 1
+        fits = count * len(ids) <= tokens and 4 * count * kept * vocabulary <= LOGITS_BYTES
+        if batch and (len(batch) == most or not (fits or size)):
+            yield batch
+            batch = []
+        shortest = min(shortest, start) if batch else start
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _max_tokens(model: Any) -> int:
+    return _TOKENS.get(model.device.type, _TOKENS_ELSEWHERE)
 
 
 def _logits(model: Any, inputs_BL: torch.Tensor, keep: int) -> torch.Tensor:
@@ -176,7 +219,7 @@ def _takes_logits_to_keep(model: Any) -> bool:
 def default_batch_size(model: Any, length: int) -> int:
     """Rows of `length` tokens whose logits stay small."""
     vocabulary = model.config.get_text_config().vocab_size
-    return max(1, min(MAX_BATCH, LOGITS_BYTES // (4 * length * vocabulary)))
+    return max(1, min(MAX_BATCH, _max_tokens(model) // length, LOGITS_BYTES // (4 * length * vocabulary)))
 
 
 def _runs(plan: list[_Window], size: int, key: Any) -> Iterator[list[_Window]]:

@@ -63,7 +63,7 @@ def evaluate(
         characters: Held-out characters of each domain that are read, about.
         items: Questions of each skill.
         length: Tokens of a window; by default a quarter of the model's positions, at most 1,024.
-        batch_size: Windows or questions at once; by default what keeps the logits small.
+        batch_size: Windows or questions at once; by default as many as are fast and keep the logits small.
         device: "auto" (CUDA where there is one) or a torch device; ignored for a loaded model.
         dtype: "auto" (float32 on the CPU, else as stored) or a torch dtype's name; ignored for a loaded
             model.

@@ -29,8 +29,6 @@ from weightsmith.evaluation import likelihood
 from weightsmith.evaluation.likelihood import NonFiniteError
 from weightsmith.runs.seeds import derive
 
-_BATCH_TOKENS = 2048
-
 Kind = Literal["exact", "choice", "perplexity", "retained"]
 
 
@@ -90,7 +88,7 @@ class TokenTask:
         kind: How an example is scored.
         examples: Tokenised.
         strata: As in `Task`.
-        batch_size: Rows at once; by default what keeps the logits small.
+        batch_size: Rows at once; by default as many as are fast.
         reference: Of each example, nats per token under the base; for the kinds that need it.
     """
 
@@ -154,7 +152,7 @@ class TokenTask:
                 pairs.append((self.examples[index].prompt, answer))
                 owner.append(place)
         flat: list[Any] = [None] * len(pairs)
-        for batch in likelihood.answers(model, pairs, self.batch_size or _batch_size(model, pairs)):
+        for batch in likelihood.answers(model, pairs, self.batch_size):
             for pair, answer in batch:
                 if math.isnan(answer.log_likelihood):
                     raise NonFiniteError(f"{self.name}: logits hold NaN or infinity")
@@ -233,10 +231,3 @@ def checked(task: Task, values: Sequence[float], count: int) -> list[float]:
                 f"task `{task.name}`: scored {value}, expected 0..1; wrap your metric: cost must be 1 - score"
             )
     return values
-
-
-def _batch_size(model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> int:
-    """Rows that make a batch of so many tokens that a pass is arithmetic and not calls, with small logits."""
-    longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
-    vocabulary = model.config.get_text_config().vocab_size
-    return max(1, min(_BATCH_TOKENS // longest, likelihood.LOGITS_BYTES // (4 * longest * vocabulary)))

@@ -40,7 +40,7 @@ class Evaluate:
     items: int = 400
     """Questions of each skill."""
     batch_size: int | None = None
-    """Windows or questions at once; by default what keeps the logits small."""
+    """Windows or questions at once; by default as many as are fast and keep the logits small."""
     device: str = "auto"
     """`auto` (CUDA where there is one) or a torch device."""
 

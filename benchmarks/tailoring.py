@@ -1,7 +1,7 @@
 """Trials per minute of a search for a tailored model, against a loop that writes and loads every candidate.
 
-    python benchmarks/tailoring.py [--trials 300] [--rounds 3] [--sizes xs s] [--out
-    benchmarks/results/tailoring.json]
+    python benchmarks/tailoring.py [--trials 300] [--rounds 3] [--sizes xs s] [--settings few skills text]
+    [--out benchmarks/results/tailoring.json]
 
 A base and three fine-tunes of the test-bed's sizes, weights random: what is timed hardly depends on them.
 Ours is a whole search, models loaded from their folders. The loop treats every tenth of that search's trials,
@@ -9,12 +9,12 @@ evenly from each budget, as the public code does: read the tensors of all source
 checkpoint, load it, score all examples of the budget; its minutes are those of the others, too, by budget.
 Scorer and examples are the same; first the costs of both are checked to be the same.
 
-Two settings: two texts and a skill at budgets 30 to 270, as in our evidence, and three skills at 9 to 81,
-whose prompts are short. Each on one core, and on all cores: ours with a worker on each, the loop with torch's
-threads. Beside the ratio stands the most that any search could reach which asks for the same trials and has
-the same scorer: were everything but scoring free, no layer run twice on the same input, and all cores busy
-all the time. On a CPU, forward passes over some hundred tokens take as long as writing and reading the
-weights, whatever their number, so what the disk costs the loop is soon a small part.
+Three settings: two texts and a skill at budgets 30 to 270, as in our evidence; three skills, whose prompts
+are short, at 9 to 81; and these at 3 to 27. Each on one core, and on all cores: ours with a worker on each,
+the loop with torch's threads. Beside the ratio stands the most that any search could reach which asks for the
+same trials and has the same scorer: were everything but scoring free, no layer run twice on the same input,
+and all cores busy all the time. On a CPU, forward passes over some hundred tokens take as long as writing and
+reading the weights, whatever their number, so what the disk costs the loop is soon a small part.
 
 Then what a trial costs outside of scoring, and what an optimiser takes to decide what is tried next.
 """
@@ -46,9 +46,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from weightsmith.compression import TailorSearch
+from weightsmith.compression.tailoring import evaluator
 from weightsmith.compression.tailoring.backends import History, Racing
 from weightsmith.compression.tailoring.designs import starts
-from weightsmith.compression.tailoring.evaluator import Evaluator
 from weightsmith.compression.tailoring.evolution import Evolution
 from weightsmith.compression.tailoring.scoring import example_order
 from weightsmith.compression.tailoring.space import Configuration, Space
@@ -62,6 +62,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SETTINGS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "text": (("source", "docs", "sort"), 30, 270),
     "skills": (("sort", "maximum", "count"), 9, 81),
+    "few": (("sort", "maximum", "count"), 3, 27),
 }
 """Tasks, lowest and highest budget."""
 FLOOR, GOAL, OVERHEAD, ASK = 5.0, 8.0, 0.05, 0.010
@@ -211,34 +212,19 @@ def agree(models: Sequence[Path], setting: str) -> str:
 def scoring_timed() -> Iterator[list[float]]:
     """Inside the block, seconds of scoring in this process are appended to the list."""
     seconds: list[float] = []
-    original = Evaluator.__call__
+    original = evaluator.scored
 
-    def timed(self: Evaluator, *job: Any) -> Any:
-        tasks, self.tasks = self.tasks, tuple(_Timed(task, seconds) for task in self.tasks)
-        try:
-            return original(self, *job)
-        finally:
-            self.tasks = tasks
+    def timed(*given: Any) -> Any:
+        begun = time.perf_counter()
+        found = original(*given)
+        seconds.append(time.perf_counter() - begun)
+        return found
 
-    Evaluator.__call__ = timed  # type: ignore[method-assign]
+    evaluator.scored = timed
     try:
         yield seconds
     finally:
-        Evaluator.__call__ = original  # type: ignore[method-assign]
-
-
-class _Timed:
-    """A task whose scoring is timed."""
-
-    def __init__(self, task: Any, seconds: list[float]) -> None:
-        self._task, self._seconds, self.name = task, seconds, task.name
-
-    def score(self, model: Any, indices: Any) -> Any:
-        """As the task does it."""
-        begun = time.perf_counter()
-        found = self._task.score(model, indices)
-        self._seconds.append(time.perf_counter() - begun)
-        return found
+        evaluator.scored = original
 
 
 def measured(
@@ -323,13 +309,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", nargs="+", default=["xs", "s"])
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="the file keeps the others"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "tailoring.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    settings = []
-    for size, name in product(options.sizes, SETTINGS):
+    settings: dict[str, Any] = {}
+    if options.out.exists() and set(options.settings) < set(SETTINGS):
+        kept = json.loads(options.out.read_text())
+        if (kept["trials"], kept["num_rounds"]) != (options.trials, options.rounds):
+            parser.error(f"{options.out} is of other trials or rounds")
+        settings = kept["settings"]
+    for size, name in product(options.sizes, options.settings):
         with tempfile.TemporaryDirectory() as folder:
             models = family(Path(folder), size)
             agreement = agree(models, name)
@@ -338,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 measured(models, name, options.trials, options.rounds, count)
                 for count in sorted({1, cores()})
             ]
-        settings.append({"size": size, "name": name, "agreement": agreement, "by_cores": by_cores})
+        settings[f"{size}, {name}"] = {"agreement": agreement, "by_cores": by_cores}
     torch.set_num_threads(1)
     results = {
         "machine": environment(),
@@ -365,10 +359,10 @@ def table(results: dict[str, Any]) -> str:
         "combine, write, load, score. `possible`: were all but scoring free, no layer run twice on one",
         "input, and all cores busy all the time.",
         "",
-        "| size | setting | cores | trials a minute | loop | ratio | spread | possible | target | |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| size, setting | cores | trials a minute | loop | ratio | spread | possible | target | |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for setting in results["settings"]:
+    for words, setting in results["settings"].items():
         for found in setting["by_cores"]:
             ours, loop = (
                 statistics.median(60 * one["trials"] / one[who] for one in found["rounds"])
@@ -377,23 +371,23 @@ def table(results: dict[str, Any]) -> str:
             low, high = found["ratios"][0], found["ratios"][-1]
             most = possible(setting["by_cores"][0], found)
             lines.append(
-                f"| {setting['size']} | {setting['name']} | {found['cores']} | {ours:.0f} | {loop:.0f} "
+                f"| {words} | {found['cores']} | {ours:.0f} | {loop:.0f} "
                 f"| {found['ratio']:.1f} | {low:.1f} to {high:.1f} | {most:.1f} "
                 f"| {FLOOR:.0f} at least, goal {GOAL:.0f} | {verdict(found['ratio'] >= FLOOR)} |"
             )
     lines += [
         "",
-        "| size | setting | a trial outside of scoring | share of it | the loop's | at most | |",
-        "|---|---|---|---|---|---|---|",
+        "| size, setting | a trial outside of scoring | share of it | the loop's | at most | |",
+        "|---|---|---|---|---|---|",
     ]
-    for setting in results["settings"]:
+    for words, setting in results["settings"].items():
         rounds = setting["by_cores"][0]["rounds"]
         each, share, loop = (
             statistics.median(one[what] for one in rounds)
             for what in ("outside", "outside_share", "loop_outside")
         )
         lines.append(
-            f"| {setting['size']} | {setting['name']} | {1e3 * each:.1f} ms | {share:.1%} "
+            f"| {words} | {1e3 * each:.1f} ms | {share:.1%} "
             f"| {1e3 * loop:.0f} ms | {OVERHEAD:.0%} | {verdict(share <= OVERHEAD)} |"
         )
     lines += [

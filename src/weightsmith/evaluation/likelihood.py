@@ -35,6 +35,8 @@ _TOKENS = {"cpu": 1024}
 what stands between them is read from. From widths of 96 to 1,024, twice as many took up to twice as long.
 """
 _TOKENS_ELSEWHERE = 16_384
+_PADDING = 64
+"""Tokens of padding that cost as much as a pass of their own would."""
 
 
 Row = tuple[int, tuple[int, ...]]
@@ -185,6 +187,7 @@ def _row_batches(model: Any, rows: Sequence[Row], size: int | None) -> Iterator[
         kept = len(ids) - min(shortest, start) + 1
         count = len(batch) + 1
         fits = count * len(ids) <= tokens and 4 * count * kept * vocabulary <= LOGITS_BYTES
+        fits = fits and bool(batch) and len(batch) * (len(ids) - len(batch[-1][1])) <= _PADDING
         if batch and (len(batch) == most or not (fits or size)):
             yield batch
             batch = []

@@ -3,6 +3,7 @@ subtasks."""
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from weightsmith.compression.tailoring.scoring import (
     TokenTask,
     checked,
     example_order,
+    scored,
 )
 from weightsmith.compression.tailoring.tasks import calibration_tasks
 from weightsmith.errors import InputError
@@ -53,6 +55,26 @@ def test_text_of_the_base_itself_scores_one_and_of_a_worse_model_its_share_of_pe
     other = LlamaForCausalLM(model.config).eval()
     dense, own = (_nats(one_, task.examples[0]) for one_ in (model, other))
     assert task.score(other, [0])[0] == pytest.approx(min(1.0, math.exp(dense - own)), rel=1e-4)
+
+
+def test_tasks_of_tokens_share_passes_and_score_what_each_scores_alone(bed):
+    model, _ = bed
+    names = ("sort", "count", "docs", "maximum")
+    tasks = [one(bed, name, examples=12, length=20, text="retained") for name in names]
+    tasks.insert(1, FunctionTask("mine", lambda model, indices: [index / 12 for index in indices], 12))
+    tasks[-1] = replace(tasks[-1], batch_size=5)  # wants batches of its own
+    wanted = [(task, range(place, 12, 2)) for place, task in enumerate(tasks)]
+    other = LlamaForCausalLM(model.config).eval()
+    passes = []
+    hook = other.register_forward_hook(lambda *_: passes.append(1))
+    alone = [task.score(other, indices) for task, indices in wanted]
+    num_alone = len(passes)
+    together = scored(other, wanted)
+    hook.remove()
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    assert len(passes) - num_alone < num_alone
+    assert scored(other, []) == []
 
 
 def test_retained_gain_is_one_for_the_base_and_nought_for_guessing(bed):

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from functools import partial
 
 import pytest
+import torch
 
 from weightsmith.compression import TailorSearch
-from weightsmith.compression.tailoring import sources, workers
+from weightsmith.compression.tailoring import evaluator, sources, workers
 from weightsmith.compression.tailoring.evaluator import Outcome
+from weightsmith.compression.tailoring.pool import LayerPool
 from weightsmith.compression.tailoring.scoring import FunctionTask
 from weightsmith.compression.tailoring.space import Configuration
 from weightsmith.compression.tailoring.stopping import Cut
@@ -187,6 +189,26 @@ def test_a_trial_that_is_given_up_takes_its_other_pieces_with_it():
     with crew(score) as one:
         assert list(one.outcomes(given, given.get)) == [(0, Outcome("stopped", {"a": (0.0, 0.0, 0.0)}))]
     assert scored == [(0, 1), (1, 2), (2, 3)]
+
+
+@pytest.mark.parametrize(("at_once", "threads"), [(1, 4), (2, 2), (3, 1), (8, 1)])
+def test_trials_at_the_same_time_share_the_cores(at_once, threads, monkeypatch):
+    seen = []
+
+    def look(model, indices):
+        seen.append(torch.get_num_threads())
+        return [0.5 for _ in indices]
+
+    monkeypatch.setattr(evaluator, "default_threads", lambda _: 4)
+    base, candidates = family()
+    one = evaluator.Evaluator(
+        LayerPool(base, candidates), [FunctionTask("mine", look, 2)], {"mine": [0, 1]}, prefix_bytes=0
+    )
+    one.at_once = at_once
+    before = torch.get_num_threads()
+    assert one(Configuration.of(4), {"mine": (0, 2)}).status == "ok"
+    assert seen == [threads]
+    assert torch.get_num_threads() == before
 
 
 def test_a_cluster_without_ray_says_what_to_install(monkeypatch):

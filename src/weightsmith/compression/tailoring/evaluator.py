@@ -10,7 +10,7 @@ from typing import Any
 
 from weightsmith.compression.tailoring.pool import LayerPool
 from weightsmith.compression.tailoring.prefix import PrefixCache
-from weightsmith.compression.tailoring.scoring import NonFiniteError, Task, checked
+from weightsmith.compression.tailoring.scoring import NonFiniteError, Task, checked, scored
 from weightsmith.compression.tailoring.space import Configuration
 from weightsmith.compression.tailoring.stopping import Cut, Spans
 from weightsmith.compression.tailoring.trials import PLACES, Status
@@ -73,11 +73,11 @@ class Evaluator:
                 intra_op_threads(max(1, self._threads // self.at_once)),
                 self.prefix.reading(model, self.pool.path, configuration),
             ):
-                for task in self.tasks:
-                    indices = self._orders[task.name][slice(*spans[task.name])]
-                    if indices:
-                        scores = checked(task, task.score(model, indices), len(indices))
-                        values[task.name] = tuple(round(score, PLACES) for score in scores)
+                wanted = [(task, self._orders[task.name][slice(*spans[task.name])]) for task in self.tasks]
+                wanted = [(task, indices) for task, indices in wanted if indices]
+                for (task, indices), scores in zip(wanted, scored(model, wanted), strict=True):
+                    sound = checked(task, scores, len(indices))
+                    values[task.name] = tuple(round(score, PLACES) for score in sound)
         except NonFiniteError as problem:
             return Outcome("nonfinite", seconds=time.perf_counter() - begun, error=str(problem))
         except InputError:

@@ -22,6 +22,7 @@ import math
 import random
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple, Protocol
 
 from weightsmith.errors import InputError
@@ -108,18 +109,34 @@ class TokenTask:
         """With the base's own nats, where they are needed."""
         if self.kind in ("exact", "choice"):
             return self
-        return replace(self, reference=tuple(self._nats(base, range(self.size))))
+        every = range(self.size)
+        found = self._grouped(every, answered(base, self.pairs(every), self.batch_size))
+        return replace(self, reference=tuple(self._nats(every, found)))
 
     def score(self, model: Any, indices: Sequence[int]) -> list[float]:
         """As `Task.score`."""
+        return self.scores(model, indices, answered(model, self.pairs(indices), self.batch_size))
+
+    def pairs(self, indices: Sequence[int]) -> list[tuple[Sequence[int], Sequence[int]]]:
+        """Prompt and answer for all answers of these examples, in order."""
+        chosen = [self.examples[index] for index in indices]
+        return [(example.prompt, answer) for example in chosen for answer in example.answers]
+
+    def scores(self, model: Any, indices: Sequence[int], answers: Sequence[likelihood.Answer]) -> list[float]:
+        """The scores of examples from how the model sees the answers of their `pairs`.
+
+        Raises:
+            NonFiniteError: as `Task.score`.
+        """
+        found = self._grouped(indices, answers)
         if self.kind == "exact":
-            return [float(found[0].is_greedy) for found in self._answers(model, indices)]
+            return [float(group[0].is_greedy) for group in found]
         if self.kind == "choice":
             return [
-                float(self._likeliest(index, found) == self.examples[index].right)
-                for index, found in zip(indices, self._answers(model, indices), strict=True)
+                float(self._likeliest(index, group) == self.examples[index].right)
+                for index, group in zip(indices, found, strict=True)
             ]
-        nats, dense = self._nats(model, indices), [self.reference[index] for index in indices]
+        nats, dense = self._nats(indices, found), [self.reference[index] for index in indices]
         if self.kind == "perplexity":
             return [math.exp(min(0.0, base - own)) for own, base in zip(nats, dense, strict=True)]
         uniform = math.log(model.config.get_text_config().vocab_size)
@@ -138,29 +155,20 @@ class TokenTask:
         ranked = [(answer.log_likelihood / lengths[place], -place) for place, answer in enumerate(found)]
         return -max(ranked)[1]  # ties go to the first choice
 
-    def _nats(self, model: Any, indices: Sequence[int]) -> list[float]:
+    def _nats(self, indices: Sequence[int], found: Sequence[Sequence[likelihood.Answer]]) -> list[float]:
         return [
-            -found[0].log_likelihood / len(self.examples[index].answers[0])
-            for index, found in zip(indices, self._answers(model, indices), strict=True)
+            -group[0].log_likelihood / len(self.examples[index].answers[0])
+            for index, group in zip(indices, found, strict=True)
         ]
 
-    def _answers(self, model: Any, indices: Sequence[int]) -> list[list[likelihood.Answer]]:
+    def _grouped(
+        self, indices: Sequence[int], answers: Sequence[likelihood.Answer]
+    ) -> list[list[likelihood.Answer]]:
         """Of each example its answers, in order."""
-        pairs, owner = [], []
-        for place, index in enumerate(indices):
-            for answer in self.examples[index].answers:
-                pairs.append((self.examples[index].prompt, answer))
-                owner.append(place)
-        flat: list[Any] = [None] * len(pairs)
-        for batch in likelihood.answers(model, pairs, self.batch_size):
-            for pair, answer in batch:
-                if math.isnan(answer.log_likelihood):
-                    raise NonFiniteError(f"{self.name}: logits hold NaN or infinity")
-                flat[pair] = answer
-        found: list[list[likelihood.Answer]] = [[] for _ in indices]
-        for place, answer in zip(owner, flat, strict=True):
-            found[place].append(answer)
-        return found
+        if any(math.isnan(answer.log_likelihood) for answer in answers):
+            raise NonFiniteError(f"{self.name}: logits hold NaN or infinity")
+        rest = iter(answers)
+        return [list(islice(rest, len(self.examples[index].answers))) for index in indices]
 
 
 @dataclass(frozen=True)
@@ -187,6 +195,34 @@ class FunctionTask:
     def score(self, model: Any, indices: Sequence[int]) -> list[float]:
         """As `Task.score`."""
         return [float(value) for value in self.function(model, list(indices))]
+
+
+def scored(model: Any, wanted: Sequence[tuple[Task, Sequence[int]]]) -> list[Sequence[float]]:
+    """The scores of examples of several tasks. Those made of tokens share their passes: a few short examples
+    of each don't fill one.
+
+    Raises:
+        NonFiniteError: as `Task.score`.
+    """
+    pairs = [
+        task.pairs(indices) if isinstance(task, TokenTask) and task.batch_size is None else []
+        for task, indices in wanted
+    ]
+    answers = iter(answered(model, list(chain.from_iterable(pairs))))
+    return [
+        task.scores(model, indices, list(islice(answers, len(own))))
+        if isinstance(task, TokenTask) and own
+        else task.score(model, indices)
+        for (task, indices), own in zip(wanted, pairs, strict=True)
+    ]
+
+
+def answered(
+    model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int | None = None
+) -> list[likelihood.Answer]:
+    """How a model sees answers after their prompts, in their order."""
+    found = dict(chain.from_iterable(likelihood.answers(model, pairs, batch_size)))
+    return [found[place] for place in range(len(pairs))]
 
 
 def equal_rows(rows: Iterable[Sequence[int]]) -> list[Any]:

@@ -35,8 +35,8 @@ _TOKENS = {"cpu": 1024}
 what stands between them is read from. From widths of 96 to 1,024, twice as many took up to twice as long.
 """
 _TOKENS_ELSEWHERE = 16_384
-_PADDING = 64
-"""Tokens of padding that cost as much as a pass of their own would."""
+_PADDED = 16
+"""Padding of so small a part of a batch costs as much as a pass of its own would."""
 
 
 Row = tuple[int, tuple[int, ...]]
@@ -184,13 +184,14 @@ def _row_batches(model: Any, rows: Sequence[Row], size: int | None) -> Iterator[
     shortest = 0
     for row in rows:
         start, ids = row
-        kept = len(ids) - min(shortest, start) + 1
-        count = len(batch) + 1
-        fits = count * len(ids) <= tokens and 4 * count * kept * vocabulary <= LOGITS_BYTES
-        fits = fits and bool(batch) and len(batch) * (len(ids) - len(batch[-1][1])) <= _PADDING
-        if batch and (len(batch) == most or not (fits or size)):
-            yield batch
-            batch = []
+        if batch:
+            count, kept = len(batch) + 1, len(ids) - min(shortest, start) + 1
+            padding = len(batch) * (len(ids) - len(batch[-1][1]))
+            fits = count * len(ids) <= tokens and padding <= tokens // _PADDED
+            fits = fits and 4 * count * kept * vocabulary <= LOGITS_BYTES
+            if len(batch) == most or not (fits or size):
+                yield batch
+                batch = []
         shortest = min(shortest, start) if batch else start
         batch.append(row)
     if batch:

@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from weightsmith.compression.tailoring.layers import fitted_config, renumber, stack_path
+from weightsmith.compression.tailoring.layers import fitted_config, stack_path
 from weightsmith.compression.tailoring.pool import LayerPool
+from weightsmith.compression.tailoring.shell import PlacedLayer, replace_config
 from weightsmith.compression.tailoring.space import Configuration
 from weightsmith.errors import InputError
 
@@ -231,7 +232,7 @@ def _stacked(model: Any, path: str, layers: Sequence[nn.Module], numbers: Sequen
         for module, config in configs:
             module.config = config
         for number, layer in enumerate(before):
-            renumber(layer, number)
+            PlacedLayer(layer).renumber(number)
 
 
 def _restack(model: Any, path: str, layers: Sequence[nn.Module], numbers: Sequence[int]) -> None:
@@ -240,13 +241,9 @@ def _restack(model: Any, path: str, layers: Sequence[nn.Module], numbers: Sequen
     config = fitted_config(model.config, numbers)
     setattr(model.get_submodule(parent), last, nn.ModuleList(layers))
     for place, layer in enumerate(layers):
-        renumber(layer, place)
+        PlacedLayer(layer).renumber(place)
     for module in model.modules():
-        held = module.__dict__.get("config")
-        for new in (config, config.get_text_config(decoder=True)):
-            if held is not None and type(held) is type(new):
-                module.config = new
-                break
+        replace_config(module, config)
 
 
 def _last_hidden(model: Any, path: str, batches: Batches) -> list[Tensor]:

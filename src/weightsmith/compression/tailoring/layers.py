@@ -9,7 +9,7 @@ layer follows the layers that are kept: lists with one value a layer (`layer_typ
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.checkpoints.stacks import restacked
@@ -92,14 +92,6 @@ def fitted_config(config: Any, kept: Sequence[int]) -> Any:
     if inner is not new:
         _set_changed(inner, old.get("text_config", {}), values.get("text_config", {}))
     return new
-
-
-def renumber(layer: nn.Module, number: int) -> None:
-    """Tell a layer its place: the slot of its keys and values in a cache."""
-    modules: Iterable[Any] = layer.modules()
-    for module in modules:
-        if isinstance(getattr(module, "layer_idx", None), int):
-            module.layer_idx = number
 
 
 def _set_changed(config: Any, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ import torch
 from script import Units, parser_of, publish, units
 
 from weightsmith.compression import TailorPlan, TailorSearch, angular_block, greedy, laco, shortgpt
-from weightsmith.compression.tailoring.scoring import example_order
+from weightsmith.compression.tailoring.scoring import equal_rows, example_order
 from weightsmith.compression.tailoring.tasks import calibration_tasks
 from weightsmith.evaluation import evaluate, load_model
 from weightsmith.runs.environment import environment
@@ -90,11 +90,9 @@ class Bench:
         )
         self.tasks = [task.prepare(base) for task in given]
         orders = {task.name: example_order(task, seed) for task in self.tasks}
-        self.batches = [
-            batch
-            for task in self.tasks
-            for batch in task.token_batches(orders[task.name][: amount.budgets[1]])
-        ]
+        self.batches = equal_rows(
+            row for task in self.tasks for row in task.token_rows(orders[task.name][: amount.budgets[1]])
+        )
         self.dropped = math.ceil(SPARSITY * base.config.num_hidden_layers)
         self.dense = {split: self.raw(base, split) for split in ("calibration", "test")}
 

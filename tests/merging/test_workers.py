@@ -15,6 +15,8 @@ from weightsmith.merging.parameter import Parameter
 from weightsmith.merging.workers import Processes, Threads
 from weightsmith.runs.memory import peak_rss_bytes, reset_peak, rss_bytes
 
+from ..processes import alive, wait_until
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers fork on Linux only")
 
 
@@ -124,22 +126,6 @@ def children():
     """This process's children; other tests may have left servers that fork stages."""
     with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as pids:
         return pids.read().split()
-
-
-def alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as facts:
-            return facts.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_until(true):
-    for _ in range(600):
-        if true():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it never came about")
 
 
 def test_memory_of_one_round_of_workers_is_not_counted_again_in_the_next():

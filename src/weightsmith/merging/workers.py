@@ -13,7 +13,6 @@ Ends     Workers are killed when the first one fails, when their parent is inter
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import os
 import pickle
@@ -31,6 +30,7 @@ from typing import Any, TypeVar
 from weightsmith.errors import SystemFault
 from weightsmith.merging.parameter import Parameter, Scratch
 from weightsmith.runs.memory import count_helpers, peak_rss_bytes, reset_peak, rss_bytes
+from weightsmith.runs.processes import end_with
 
 T = TypeVar("T")
 Tell = Callable[[float], None]
@@ -41,7 +41,6 @@ Key = Callable[[Any], Parameter]
 """The parameter of an item."""
 
 _TELL_SECONDS = 0.05
-_PR_SET_PDEATHSIG = 1
 # Forking is safe with what a worker does (NumPy and files), and only Linux kills it with its parent.
 _CAN_FORK = sys.platform == "linux"
 
@@ -168,9 +167,7 @@ def _be_worker(
 
     status = 1
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            return
+        end_with(parent)
         # Garbage of the parent is its own to collect: freed here, it would be memory this process seems never
         # to have taken, and looking through it would copy its pages.
         gc.freeze()

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 from weightsmith.errors import WeightsmithError
 from weightsmith.recipes.record import LOG, Record
 from weightsmith.recipes.worker import Job, execute
+from weightsmith.runs.processes import end_with_parent
 from weightsmith.runs.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -198,7 +199,7 @@ def _no_interrupt() -> Iterator[None]:
 def _child(pickled: bytes, log_file: str, events: Connection) -> None:
     """The whole life of a stage's process."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # counts only before numpy and torch load
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    end_with_parent()  # the next run of the recipe wants this stage's folder
     _redirect_output(Path(log_file))
     sender = _Sender(events)
     job: Job = pickle.loads(pickled)
@@ -207,14 +208,6 @@ def _child(pickled: bytes, log_file: str, events: Connection) -> None:
     except Exception as error:
         outcome = _failed(job, error)
     sender.send("ended", outcome)
-
-
-def _die_with_parent() -> None:
-    """Nobody would read this stage's outcome, and the next run of the recipe wants its folder."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
 
 
 def _redirect_output(log_file: Path) -> None:

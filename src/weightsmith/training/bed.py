@@ -30,6 +30,7 @@ from typing import Literal
 from weightsmith.errors import InputError, nearest
 from weightsmith.runs.environment import cores, versions
 from weightsmith.runs.locks import FolderLock
+from weightsmith.runs.processes import end_with_parent
 from weightsmith.runs.progress import SILENT, Progress
 from weightsmith.runs.seeds import derive
 from weightsmith.testbed import DOMAINS, FINETUNES, SIZES, SKILLS, fingerprint
@@ -188,7 +189,8 @@ def _key(base: TrainConfig, seed: int) -> str:
 def _make_all(jobs: list[_Job], progress: Progress) -> None:
     if not jobs:
         return
-    with ProcessPoolExecutor(min(2, cores(), len(jobs)), mp_context=_context()) as pool:
+    count = min(2, cores(), len(jobs))
+    with ProcessPoolExecutor(count, mp_context=_context(), initializer=end_with_parent) as pool:
         for done in as_completed([pool.submit(_make, job) for job in jobs]):
             done.result()
             progress.advance(1)

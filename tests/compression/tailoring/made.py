@@ -111,8 +111,8 @@ class Likelihood:
     def prepare(self, base):
         return self
 
-    def token_batches(self, indices):
-        return [self.rows[list(indices)]]
+    def token_rows(self, indices):
+        return self.rows[list(indices)].tolist()
 
     def score(self, model, indices):
         self.calls.append(list(indices))

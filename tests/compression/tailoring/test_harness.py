@@ -10,7 +10,7 @@ from tests.evaluation.harness_pages import write_pages
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from weightsmith.compression import TailorSearch
-from weightsmith.compression.tailoring.scoring import NonFiniteError, example_order
+from weightsmith.compression.tailoring.scoring import NonFiniteError, equal_rows, example_order
 from weightsmith.compression.tailoring.tasks import calibration_tasks
 from weightsmith.errors import InputError
 from weightsmith.evaluation import evaluate
@@ -68,7 +68,7 @@ def test_a_task_in_another_process_asks_the_same(bed, pages):
 
 
 def test_prompts_serve_to_find_layers_of_little_influence(bed, pages):
-    batches = one(bed, f"lm_eval:{pages}/colours").token_batches([0, 3, 6])
+    batches = equal_rows(one(bed, f"lm_eval:{pages}/colours").token_rows([0, 3, 6]))
     assert sum(len(batch) for batch in batches) == 3
     with torch.inference_mode():
         assert all(math.isfinite(float(bed[0](batch).logits.sum())) for batch in batches)

@@ -8,6 +8,7 @@ import torch
 
 from weightsmith.compression import TailorSearch
 from weightsmith.compression.tailoring import search as module
+from weightsmith.compression.tailoring import workers
 from weightsmith.compression.tailoring.pool import LayerPool
 from weightsmith.compression.tailoring.scoring import FunctionTask, NonFiniteError
 from weightsmith.compression.tailoring.space import Space
@@ -174,7 +175,10 @@ def test_the_plan_is_the_best_of_the_highest_budget_and_its_front_is_undominated
         plan.alternative(10_000)
 
 
-def test_several_processes_find_what_one_finds(small, tmp_path):
+@pytest.mark.parametrize("forks", [True, False])
+def test_several_processes_find_what_one_finds(small, tmp_path, monkeypatch, forks):
+    if not forks:
+        monkeypatch.setattr(workers, "_may_fork", lambda _: False)
     base, candidates = small
     options = {**SMALL, "n_trials": 14, "tasks": Likelihood()}
     one = TailorSearch(base, candidates, **options)

@@ -2,11 +2,15 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +24,22 @@ from weightsmith.compression.tailoring.space import Configuration
 from weightsmith.compression.tailoring.stopping import Cut
 from weightsmith.errors import InputError, MissingExtraError, SystemFault
 
+from ...processes import alive, wait_until
 from .made import Likelihood, family
 
 SMALL = {"min_budget": 2, "max_budget": 12, "n_trials": 10, "sparsity": 0.25}
+
+
+@pytest.fixture
+def spawning(monkeypatch):
+    """Workers start from nothing, as where they have several threads each."""
+    monkeypatch.setattr(workers, "_may_fork", lambda _: False)
+
+
+@pytest.fixture(params=["forked", pytest.param("spawned", marks=pytest.mark.slow)])
+def either_way(request):
+    if request.param == "spawned":
+        request.getfixturevalue("spawning")
 
 
 def stored(tmp_path):
@@ -51,7 +68,7 @@ def test_two_models_of_one_name_are_refused(tmp_path):
         TailorSearch(base, [one, twin], tasks=Likelihood(), **SMALL).run()
 
 
-def test_a_pool_that_shared_memory_cannot_hold_is_refused(monkeypatch):
+def test_a_pool_that_shared_memory_cannot_hold_is_refused(monkeypatch, spawning):
     facts = os.statvfs("/")
     small = os.statvfs_result((*facts[:4], 0, *facts[5:]))
     monkeypatch.setattr(workers.os, "statvfs", lambda _: small)
@@ -65,7 +82,7 @@ def test_no_worker_is_refused():
         TailorSearch(family()[0], tasks=Likelihood(), num_workers=0, **SMALL).run()
 
 
-def test_a_function_that_processes_cannot_reach_is_refused():
+def test_a_function_that_processes_cannot_reach_is_refused(spawning):
     task = FunctionTask("mine", lambda model, indices: [0.5 for _ in indices], 12)
     with pytest.raises(InputError, match="task `mine` can't go to other processes"):
         TailorSearch(family()[0], tasks=task, num_workers=2, **SMALL).run()
@@ -99,7 +116,7 @@ def die(model, indices):
     return [0.5 for _ in indices]
 
 
-def test_a_worker_that_dies_is_one_line():
+def test_a_worker_that_dies_is_one_line(either_way):
     search = TailorSearch(*family(), tasks=FunctionTask("mine", die, 12), num_workers=2, **SMALL)
     with pytest.raises(SystemFault, match="a worker of the search died"):
         search.run()
@@ -116,11 +133,68 @@ def wrong_elsewhere(model, indices):
     return [0.5 for _ in indices]
 
 
-@pytest.mark.slow  # two processes that import torch
-def test_a_wrong_score_in_a_worker_is_the_users_error_here():
+def test_a_wrong_score_in_a_worker_is_the_users_error_here(either_way):
     search = TailorSearch(*family(), tasks=FunctionTask("mine", wrong_elsewhere, 12), num_workers=2, **SMALL)
     with pytest.raises(InputError, match=r"task `mine`: scored 7\.0"):
         search.run()
+
+
+FORKS = pytest.mark.skipif(sys.platform != "linux", reason="workers fork on Linux only")
+
+
+@FORKS
+def test_forked_workers_have_what_cannot_be_pickled_after_torch_had_several_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    matrix = torch.rand(600, 600)
+    torch.exp(matrix @ matrix)
+    elsewhere = multiprocessing.get_context("fork").Event()
+
+    def score(model, indices):
+        if multiprocessing.parent_process() is not None:
+            elsewhere.set()
+        elsewhere.wait(30)
+        torch.exp(matrix @ matrix)
+        return [index / 12 for index in indices]
+
+    search = TailorSearch(*family(), tasks=FunctionTask("mine", score, 12), num_workers=2, **SMALL)
+    try:
+        search.run()
+    finally:
+        torch.set_num_threads(before)
+    assert elsewhere.is_set()
+    assert {trial.status for trial in search.trials} <= {"ok", "stopped"}
+
+
+@FORKS
+def test_workers_end_with_a_search_that_is_killed(tmp_path):
+    code = f"""
+import os, time
+from weightsmith.compression import TailorSearch
+from weightsmith.compression.tailoring.scoring import FunctionTask
+from {__package__}.made import family
+
+def score(model, indices):
+    open(os.path.join({str(tmp_path)!r}, str(os.getpid())), "w").close()
+    time.sleep(60)
+
+TailorSearch(*family(), tasks=FunctionTask("mine", score, 12), num_workers=3, **{SMALL!r}).run()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[3]) as search:
+        wait_until(lambda: len(os.listdir(tmp_path)) == 3)
+        search.kill()
+    wait_until(lambda: not any(alive(int(pid)) for pid in os.listdir(tmp_path)))
+
+
+@FORKS
+@pytest.mark.parametrize(
+    ("device", "threads", "cuda", "forks"),
+    [("cpu", 1, False, True), ("cpu", 2, False, False), ("meta", 1, False, False), ("cpu", 1, True, False)],
+)
+def test_processes_are_forked_where_torch_survives_it(device, threads, cuda, forks, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: cuda)
+    pool = SimpleNamespace(device=torch.device(device))
+    assert workers._may_fork(SimpleNamespace(pool=pool, num_threads=threads)) is forks
 
 
 def jobs(count, num_pieces):
@@ -212,8 +286,6 @@ def test_trials_at_the_same_time_share_the_cores(at_once, threads, monkeypatch):
 
 
 def test_a_cluster_without_ray_says_what_to_install(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r'pip install "weightsmith\[ray\]"'):
         TailorSearch(family()[0], tasks=Likelihood(), ray="auto", **SMALL).run()
@@ -221,9 +293,6 @@ def test_a_cluster_without_ray_says_what_to_install(monkeypatch):
 
 def test_a_cluster_finds_what_this_process_finds(monkeypatch):
     ray = pytest.importorskip("ray")
-    import sys
-    from pathlib import Path
-
     import weightsmith
 
     path = [str(Path(weightsmith.__file__).parents[1]), str(Path(__file__).parents[3]), *sys.path]

@@ -59,6 +59,11 @@ class Evaluator:
         self.at_once = 1
         self._threads = default_threads(sum(value.numel() for value in pool.base.parameters()))
 
+    @property
+    def num_threads(self) -> int:
+        """Of a trial."""
+        return max(1, self._threads // self.at_once)
+
     def __call__(self, configuration: Configuration, spans: Spans) -> Outcome:
         """Score the examples of `spans`.
 
@@ -68,16 +73,15 @@ class Evaluator:
         begun = time.perf_counter()
         values: dict[str, tuple[float, ...]] = {}
         try:
-            model = self.pool.assemble(configuration)
-            with (
-                intra_op_threads(max(1, self._threads // self.at_once)),
-                self.prefix.reading(model, self.pool.path, configuration),
-            ):
+            with intra_op_threads(self.num_threads):
+                model = self.pool.assemble(configuration)
                 wanted = [(task, self._orders[task.name][slice(*spans[task.name])]) for task in self.tasks]
                 wanted = [(task, indices) for task, indices in wanted if indices]
-                for (task, indices), scores in zip(wanted, scored(model, wanted), strict=True):
-                    sound = checked(task, scores, len(indices))
-                    values[task.name] = tuple(round(score, PLACES) for score in sound)
+                with self.prefix.reading(model, self.pool.path, configuration):
+                    found = scored(model, wanted)
+            for (task, indices), scores in zip(wanted, found, strict=True):
+                sound = checked(task, scores, len(indices))
+                values[task.name] = tuple(round(score, PLACES) for score in sound)
         except NonFiniteError as problem:
             return Outcome("nonfinite", seconds=time.perf_counter() - begun, error=str(problem))
         except InputError:

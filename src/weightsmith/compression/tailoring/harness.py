@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from weightsmith.compression.tailoring.scoring import Task, equal_rows
+from weightsmith.compression.tailoring.scoring import Task
 from weightsmith.errors import InputError
 from weightsmith.evaluation import TaskConfig
 from weightsmith.evaluation.harness import HarnessQuestions
@@ -48,10 +48,10 @@ class HarnessTask:
         """Nothing to know of the base."""
         return self
 
-    def token_batches(self, indices: Sequence[int]) -> list[Any]:
-        """As `TokenTask.token_batches`, of the first request of each question."""
+    def token_rows(self, indices: Sequence[int]) -> list[list[int]]:
+        """Token ids of the first request of each question."""
         texts = self.questions.prompts(indices)
-        return equal_rows(self._tokenizer(text, verbose=False)["input_ids"] for text in texts)
+        return [self._tokenizer(text, verbose=False)["input_ids"] for text in texts]
 
     def score(self, model: Any, indices: Sequence[int]) -> list[float]:
         """As `Task.score`."""

@@ -145,10 +145,10 @@ class TokenTask:
             for own, base in zip(nats, dense, strict=True)
         ]
 
-    def token_batches(self, indices: Sequence[int]) -> list[Any]:
-        """Right answers after their prompts as batches of rows of one length: nothing is padded."""
+    def token_rows(self, indices: Sequence[int]) -> list[list[int]]:
+        """Token ids of right answers after their prompts."""
         chosen = [self.examples[index] for index in indices]
-        return equal_rows([[*one.prompt, *one.answers[one.right]] for one in chosen])
+        return [[*one.prompt, *one.answers[one.right]] for one in chosen]
 
     def _likeliest(self, index: int, found: Sequence[likelihood.Answer]) -> int:
         lengths = self.examples[index].lengths

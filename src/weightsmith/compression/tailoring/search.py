@@ -34,7 +34,7 @@ from weightsmith.compression.tailoring.objective import choose, pareto
 from weightsmith.compression.tailoring.options import TailorOptions
 from weightsmith.compression.tailoring.plan import Point, TailorPlan
 from weightsmith.compression.tailoring.pool import LayerPool
-from weightsmith.compression.tailoring.scoring import Task, example_order
+from weightsmith.compression.tailoring.scoring import Task, equal_rows, example_order
 from weightsmith.compression.tailoring.smac import SMAC
 from weightsmith.compression.tailoring.sources import Member, Source, members, open_pool
 from weightsmith.compression.tailoring.space import Configuration, Space, num_dropped
@@ -200,13 +200,13 @@ class TailorSearch:
         """Who decides; `planned` is the number of trials that the search began with."""
         options = self.options
         influences = []
-        batches = [
-            batch
+        rows = [
+            row
             for task in tasks
-            if options.seeds == "all" and hasattr(task, "token_batches")
-            for batch in task.token_batches(orders[task.name][:_INFLUENCE_EXAMPLES])
+            if options.seeds == "all" and hasattr(task, "token_rows")
+            for row in task.token_rows(orders[task.name][:_INFLUENCE_EXAMPLES])
         ]
-        if batches:
+        if batches := equal_rows(rows):
             whole = range(space.depth)
             influences = [
                 block_influence(

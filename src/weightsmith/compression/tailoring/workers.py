@@ -1,16 +1,24 @@
 """Where trials are computed: here, in more processes of this machine, or on a Ray cluster.
 
-Processes get the pool once and share its memory. They take seconds to start, in which this process has long
-begun; each is given its first piece of a trial when it is up. A worker goes on with the trial it has, else it
-begins another one, else it takes a piece of one that another has begun: at high budgets there are fewer
-trials than workers. Answers come in any order; whoever asks puts them in theirs.
+Processes share the pool's memory. Where each has but one thread, on Linux and a CPU, they are forked: up at
+once, with all that this process has, tasks that can't be pickled too. Torch's threads and its CUDA contexts
+don't survive a fork, so other processes start from nothing. That takes seconds, in which this one has long
+begun; each is given its first piece of a trial when it is up.
+
+A worker goes on with the trial it has, else it begins another one, else it takes a piece of one that another
+has begun: at high budgets there are fewer trials than workers. Answers come in any order; whoever asks puts
+them in theirs.
 """
 
 from __future__ import annotations
 
 import concurrent.futures as futures
+import multiprocessing
 import os
 import pickle
+import signal
+import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -22,6 +30,7 @@ from weightsmith.compression.tailoring.evaluator import Evaluator, Outcome, Tall
 from weightsmith.compression.tailoring.space import Configuration
 from weightsmith.compression.tailoring.stopping import Cut, Spans
 from weightsmith.errors import InputError, SystemFault, require
+from weightsmith.runs.processes import end_with_parent
 
 Job = tuple[Configuration, Sequence[Spans], Cut | None]
 """A configuration, the pieces to score, and what it is up against."""
@@ -119,26 +128,7 @@ class _Crew:
 
 
 class Processes(_Crew):
-    """This process and others of this machine.
-
-    Args:
-        evaluator: What scores here.
-        executor: Of one thread: while it scores, the thread that asks keeps the others busy.
-        others: Executors of one process each.
-    """
-
-    def __init__(
-        self, evaluator: Evaluator, executor: futures.Executor, others: Sequence[futures.Executor]
-    ) -> None:
-        super().__init__(
-            [partial(executor.submit, evaluator)],
-            # As bytes: what a process is started with is waited for, and a queue's thread would pickle it
-            # while trials run.
-            {
-                other.submit(_begin, bytes(ForkingPickler.dumps(evaluator))): partial(other.submit, _evaluate)
-                for other in others
-            },
-        )
+    """This process and others of this machine."""
 
     def outcomes(self, numbers: Sequence[int], job: Callable[[int], Job]) -> Iterator[tuple[int, Outcome]]:
         """As `Workers`."""
@@ -189,17 +179,49 @@ def workers(evaluator: Evaluator, count: int = 1, ray: str | None = None) -> Abs
 
 @contextmanager
 def _processes(evaluator: Evaluator, count: int) -> Iterator[Workers]:
-    import torch.multiprocessing as multiprocessing
-
-    _check_tasks(evaluator)
-    _check_shared_memory(evaluator)
     evaluator.at_once = count
-    # Torch must not be forked: its threads and its CUDA contexts don't survive it.
-    context = multiprocessing.get_context("spawn")
+    if not (forks := _may_fork(evaluator)):
+        _check_tasks(evaluator)
+        _check_shared_memory(evaluator)
+    start = _forked if forks else _spawned
     with ExitStack() as executors:
+        # While its one thread scores, the thread that asks keeps the others busy.
         here = executors.enter_context(futures.ThreadPoolExecutor(1))
-        others = [executors.enter_context(futures.ProcessPoolExecutor(1, context)) for _ in range(count - 1)]
-        yield Processes(evaluator, here, others)
+        starting = {}
+        for _ in range(count - 1):
+            other, up = start(evaluator)
+            starting[up] = partial(executors.enter_context(other).submit, _evaluate)
+        yield Processes([partial(here.submit, evaluator)], starting)
+
+
+def _may_fork(evaluator: Evaluator) -> bool:
+    """Whether forked processes can do the work of this one."""
+    import torch
+
+    return (
+        sys.platform == "linux"
+        and evaluator.pool.device.type == "cpu"
+        and evaluator.num_threads == 1
+        and not torch.cuda.is_initialized()
+    )
+
+
+def _forked(evaluator: Evaluator) -> tuple[futures.Executor, futures.Future[None]]:
+    """A process with this one's memory, and what ends when it is up."""
+    context = multiprocessing.get_context("fork")
+    executor = futures.ProcessPoolExecutor(1, context, initializer=_begin, initargs=(evaluator,))
+    with warnings.catch_warnings():
+        # That this process has threads: those of BLAS, of a progress bar; a worker needs neither.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return executor, executor.submit(_do_nothing)
+
+
+def _spawned(evaluator: Evaluator) -> tuple[futures.Executor, futures.Future[None]]:
+    """A process that shares the pool, and what ends when it is up."""
+    executor = futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    # As bytes: what a process is started with is waited for, and a queue's thread would pickle it while
+    # trials run.
+    return executor, executor.submit(_load, bytes(ForkingPickler.dumps(evaluator)))
 
 
 @contextmanager
@@ -243,9 +265,21 @@ def _submit_to(actor: Any, configuration: Configuration, spans: Spans) -> future
     return actor.evaluate.remote(configuration, spans).future()
 
 
-def _begin(evaluator: bytes) -> None:
+def _begin(evaluator: Evaluator) -> None:
+    import torch
+
     global _evaluator
-    _evaluator = pickle.loads(evaluator)
+    end_with_parent()
+    torch.set_num_threads(evaluator.num_threads)  # of which a forked process must never have two
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    _evaluator = evaluator
+
+
+def _load(evaluator: bytes) -> None:
+    _begin(pickle.loads(evaluator))
+
+
+def _do_nothing() -> None: ...
 
 
 def _evaluate(configuration: Configuration, spans: Spans) -> Outcome:

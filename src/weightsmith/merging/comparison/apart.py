@@ -7,7 +7,6 @@ The process gets one line of JSON and answers in lines of JSON; it dies with its
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -19,9 +18,8 @@ from typing import Any
 
 from weightsmith import errors
 from weightsmith.errors import SystemFault, WeightsmithError
+from weightsmith.runs.processes import end_with
 from weightsmith.runs.progress import Progress
-
-_PR_SET_PDEATHSIG = 1
 
 
 class EndedEarlyError(SystemFault):
@@ -102,10 +100,7 @@ class _Told:
 
 def _main() -> None:
     request = json.loads(sys.stdin.read())
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != request["parent"]:
-        return
+    end_with(request["parent"])
     # What libraries print must not get between the lines.
     pipe, sys.stdout = sys.stdout, sys.stderr
 

@@ -177,8 +177,8 @@ class FunctionTask:
 
     Attributes:
         name: Its name.
-        function: Of the model and the numbers of examples; returns a score in [0, 1] for each. It must be one
-            that can be pickled where there are several workers.
+        function: Of the model and the numbers of examples; returns a score in [0, 1] for each. Where workers
+            are not forked it must be one that can be pickled.
         size: Examples that there are.
         strata: As in `Task`.
     """

@@ -1,16 +1,10 @@
-"""Tiny models, one warm server that forks processes to be killed, and scripts in several gloo processes."""
+"""Tiny models, and one warm server that forks processes to be killed."""
 
 import multiprocessing
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from weightsmith.testbed import model_config, write_model_folder
-
-RANKS = Path(__file__).parent / "ranks"
 
 
 @pytest.fixture(scope="session")
@@ -60,41 +54,3 @@ def gpt2(tmp_path_factory):
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=2, n_head=2)
     GPT2LMHeadModel(config).bfloat16().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def run_ranks(tmp_path_factory):
-    """`run_ranks("alphadecay.py")` -> what each of two processes of `ranks/alphadecay.py` found."""
-
-    def run(script, world=2):
-        import torch
-
-        out = tmp_path_factory.mktemp(Path(script).stem)
-        # Files: of two pipes the one that is not read yet could fill up.
-        logs = [out / f"rank{rank}.log" for rank in range(world)]
-        processes = []
-        for rank, log in enumerate(logs):
-            ranks = {"RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-            with log.open("w") as output:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(RANKS / script), str(out)],
-                        env={**os.environ, **ranks},
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-        try:
-            for process in processes:
-                process.wait(timeout=240)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            for process in processes:
-                process.kill()
-        statuses = [process.wait() for process in processes]
-        said = "\n".join(log.read_text(errors="replace")[-4000:] for log in logs)
-        assert statuses == [0] * world, f"{statuses}\n{said}"
-        return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
-
-    return run

@@ -19,10 +19,11 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from weightsmith.compression.tailoring import ranks
 from weightsmith.compression.tailoring.backends import Backend, History, Racing, Sampler
 from weightsmith.compression.tailoring.baselines import block_influence
 from weightsmith.compression.tailoring.book import Book, TailorError
@@ -67,6 +68,8 @@ class TailorSearch:
         tokenizer: Of a loaded base; that of the folder otherwise.
         work: Folder of the log and the plan; a search that was begun there goes on. None keeps all in memory.
         num_workers: Trials at once, all but one in processes of their own. The outcome does not depend on it.
+            In a process group of several ranks, of which each makes the search, there is one trial at a time:
+            they share its examples, and the first one has the log.
         ray: Compute on a Ray cluster instead: "auto", "local" or HOST:PORT.
         device: For models that are loaded here.
         dtype: For models that are loaded here.
@@ -120,11 +123,12 @@ class TailorSearch:
             MissingExtraError: the optimiser is not installed.
             TailorError: all trials failed, or too many by one kind of error.
         """
+        rank, world = ranks.place()
         # Two searches in one folder would mix their logs; the second waits and finds the first one's plan.
-        with FolderLock(self._work) if self._work is not None else nullcontext():
-            return self._run()
+        with FolderLock(self._work) if self._work is not None and rank == 0 else nullcontext():
+            return self._run(rank, world)
 
-    def _run(self) -> TailorPlan:
+    def _run(self, rank: int, world: int) -> TailorPlan:
         base, *candidates = self._sources
         known = members(base, candidates)
         options = self.options
@@ -162,17 +166,23 @@ class TailorSearch:
         }
         for word in ("blend_cache_bytes", "prefix_cache_bytes"):  # cost time only
             del header[word]
-        trial_log = TrialLog(self._work / LOG_FILE if self._work else None, header)
-        backend = self._backend(space, tasks, rungs, orders, pool, trial_log.header["n_trials"])
         evaluator = Evaluator(pool, tasks, orders, options.prefix_cache_bytes)
-        with workers(evaluator, self._num_workers, self._ray) as crew:
-            book = Book(
-                tasks, trial_log, rungs, max_failures=options.max_failures, early_stop=options.early_stop
-            )
-            self._search(backend, crew, book)
-        plan = self._plan(known, header, pool)
-        if self._work is not None:
-            plan.save(self._work / PLAN_FILE)
+        if rank > 0:
+            plan, self.trials = ranks.follow(evaluator)
+            return replace(plan, sources=self._sources)
+        with ranks.leading() if world > 1 else nullcontext():
+            trial_log = TrialLog(self._work / LOG_FILE if self._work else None, header)
+            backend = self._backend(space, tasks, rungs, orders, pool, trial_log.header["n_trials"])
+            with workers(evaluator, self._num_workers, self._ray) as crew:
+                book = Book(
+                    tasks, trial_log, rungs, max_failures=options.max_failures, early_stop=options.early_stop
+                )
+                self._search(backend, crew, book)
+            plan = self._plan(known, header, pool)
+            if self._work is not None:
+                plan.save(self._work / PLAN_FILE)
+        if world > 1:
+            ranks.finish((replace(plan, sources=None), self.trials))
         return plan
 
     def _rungs(self, tasks: Sequence[Task]) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
-"""Where trials are computed: here, in more processes of this machine, or on a Ray cluster.
+"""Where trials are computed: here, in more processes of this machine, on a Ray cluster, or in the ranks of a
+process group.
 
 Processes share the pool's memory. Where each has but one thread, on Linux and a CPU, they are forked: up at
 once, with all that this process has, tasks that can't be pickled too. Torch's threads and its CUDA contexts
@@ -26,6 +27,7 @@ from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
+from weightsmith.compression.tailoring import ranks
 from weightsmith.compression.tailoring.evaluator import Evaluator, Outcome, Tally
 from weightsmith.compression.tailoring.space import Configuration
 from weightsmith.compression.tailoring.stopping import Cut, Spans
@@ -53,8 +55,8 @@ class Workers(Protocol):
 class Here:
     """One trial after the other, in this process."""
 
-    def __init__(self, evaluator: Evaluator) -> None:
-        self._evaluator = evaluator
+    def __init__(self, score: Callable[[Configuration, Spans], Outcome]) -> None:
+        self._score = score
 
     def outcomes(self, numbers: Sequence[int], job: Callable[[int], Job]) -> Iterator[tuple[int, Outcome]]:
         """As `Workers`."""
@@ -62,7 +64,7 @@ class Here:
             tally = Tally(*job(number))
             while tally.outcome is None:
                 place, spans = tally.give()
-                tally.add(place, self._evaluator(tally.configuration, spans))
+                tally.add(place, self._score(tally.configuration, spans))
             yield number, tally.outcome
 
 
@@ -166,12 +168,19 @@ def workers(evaluator: Evaluator, count: int = 1, ray: str | None = None) -> Abs
         ray: "auto" for the cluster that this machine is in, "local", or HOST:PORT.
 
     Raises:
-        InputError: fewer than one worker, or no such cluster.
+        InputError: fewer than one worker, no such cluster, or either in one of several ranks.
         MissingExtraError: ray is asked for and not installed.
         SystemFault: shared memory is too small for the pool.
     """
     if count < 1:
         raise InputError(f"workers: {count}, expected at least 1")
+    if (world := ranks.place()[1]) > 1:
+        if count > 1 or ray is not None:
+            raise InputError(
+                f"workers: this is one of {world} ranks, which share each trial; expected one worker and no "
+                "ray"
+            )
+        return nullcontext(Here(ranks.Leader(evaluator)))
     if ray is not None:
         return _machines(evaluator, count, ray)
     return _processes(evaluator, count) if count > 1 else nullcontext(Here(evaluator))

@@ -515,6 +515,23 @@ def test_ranks_shared_out_by_energy_keep_their_sum_and_the_adapters_scale():
     assert torch.equal(model(batches()[0]["ids"]), before)
 
 
+def test_ranks_shared_out_leave_whatever_else_an_adapter_has():
+    model = text_model(modules_to_save=["norm"], target_modules=[*ALL, "grouped"])
+    norm = model.base_model.model.norm.modules_to_save["default"]
+    norm.weight.data.fill_(3.0)
+    norm.running_mean.fill_(0.5)
+    grouped = model.base_model.model.grouped.lora_A["default"].weight.detach().clone()
+    report = initialize_lora_hrp_weights(
+        model, batches(), rank_energy=2.0, preheat_steps=5, preheat_lr=0.01, show_progress_bar=False
+    )
+    assert {layer.rank for layer in report.layers.values()} != {2}
+    norm = model.base_model.model.norm.modules_to_save["default"]
+    assert norm.weight.eq(3.0).all()
+    assert norm.weight.requires_grad
+    assert norm.running_mean.eq(0.5).all()
+    assert torch.equal(model.base_model.model.grouped.lora_A["default"].weight, grouped)
+
+
 # The same again
 
 
@@ -649,10 +666,18 @@ def test_a_start_that_changed_the_weights_is_refused(start):
 def test_a_trained_adapter_is_not_thrown_away_unless_told():
     model = matrix_model()
     model.base_model.model.layer.lora_B["default"].weight.data.fill_(1.0)
-    with pytest.raises(InputError, match=r"layer: the adapter is trained.*overwrite=True"):
+    with pytest.raises(
+        InputError, match=r"layer: B of adapter `default` is not 0: it is trained.*overwrite="
+    ):
         initialize(model)
     initialize(model, overwrite=True, preheat_steps=2)
     assert not factors(model)[1].any()
+
+
+def test_a_start_whose_b_is_not_0_is_named():
+    model = adapted(Matrix(target(dtype=torch.float32)), init_lora_weights="orthogonal")
+    with pytest.raises(InputError, match=r"or begun so \(init_lora_weights='orthogonal'\)"):
+        initialize(model)
 
 
 def test_merged_adapters_are_refused():
@@ -701,8 +726,8 @@ def test_the_three_ways_to_find_directions_exclude_each_other():
 
 def test_data_that_ends_is_read_again_with_a_warning_if_it_can_be(caplog):
     initialize_lora_hrp_weights(text_model(), batches(2), preheat_steps=7, show_progress_bar=False)
-    assert caplog.text.count("the data ended after 2 of 7 preheat steps") == 1
-    with pytest.raises(InputError, match="ended after 2 batches of 7 preheat steps and can't be read again"):
+    assert caplog.text.count("the data ended after 2 of the preheat's 7 batches") == 1
+    with pytest.raises(InputError, match="ended after 2 of the preheat's 7 batches and can't be read again"):
         initialize_lora_hrp_weights(text_model(), iter(batches(2)), preheat_steps=7, show_progress_bar=False)
     with pytest.raises(InputError, match="dataloader is empty"):
         initialize_lora_hrp_weights(text_model(), [], preheat_steps=7, show_progress_bar=False)
@@ -714,6 +739,47 @@ def test_a_model_that_tells_no_loss_is_told_what_is_missing():
     model.base_model.model.forward = lambda ids: {"logits": ids}
     with pytest.raises(InputError, match="tells no loss of a batch with ids: expected labels, or a forw"):
         initialize_lora_hrp_weights(model, clean, show_progress_bar=False)
+
+
+def test_batches_without_names_need_a_function_that_takes_them():
+    pairs = [(batch["ids"], batch["labels"]) for batch in batches()]
+    with pytest.raises(InputError, match=r"dataloader: a batch is a tuple, expected a mapping .* forward_fn"):
+        initialize_lora_hrp_weights(text_model(), pairs, show_progress_bar=False)
+    initialize_lora_hrp_weights(
+        text_model(),
+        pairs,
+        forward_fn=lambda model, batch: model(*batch),
+        preheat_steps=1,
+        show_progress_bar=False,
+    )
+
+
+def backward_itself(model, step):
+    model().backward()
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (lambda: None, r"train_step takes \(\), expected \(model, step\)"),
+        (lambda model: model(), r"train_step takes \(model\), expected \(model, step\)"),
+        (
+            backward_itself,
+            "train_step gave None, expected the loss as a tensor; HRP itself runs its backward",
+        ),
+        (lambda model, step: model().item(), "train_step gave float, expected the loss as a tensor"),
+        (lambda model, step: model().expand(4), r"gave a loss of shape \(4,\), expected one number"),
+        (lambda model, step: model().detach(), "gave a loss without a gradient, expected one that depends"),
+    ],
+    ids=["of nothing", "of the model", "backward itself", "float", "vector", "detached"],
+)
+def test_a_step_that_gives_no_loss_to_go_down_is_refused_and_the_model_as_it_was(step, message):
+    model = matrix_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(InputError, match=message):
+        initialize_lora_hrp_weights(model, train_step=step, show_progress_bar=False)
+    assert list(model.peft_config) == ["default"]
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 def test_a_loss_that_is_no_number_stops_and_leaves_the_model_as_it_was():
@@ -775,6 +841,42 @@ def test_directions_of_another_model_are_refused_with_names_and_shapes():
         initialize_lora_hrp_weights(text_model(), hrp_state_dict=found)
     with pytest.raises(InputError, match=r"layer is \(2, 14\), the adapter needs \(3, 14\)"):
         initialize_lora_hrp_weights(matrix_model(rank=3), hrp_state_dict=found)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(14), r"layer is \(14,\), the adapter needs \(2, 14\)"),
+        (torch.ones(3, 2, 14), r"layer is \(3, 2, 14\), the adapter needs \(2, 14\)"),
+        (torch.ones(0, 14), r"layer is \(0, 14\), the adapter needs"),
+        ([[1.0] * 14] * 2, r"layer is list, the adapter needs \(2, 14\)"),
+        (torch.full((2, 14), float("nan")), "layer has NaN or infinite values"),
+    ],
+    ids=["vector", "stack", "no rank", "list", "NaN"],
+)
+@pytest.mark.parametrize("more", [{}, {"rank_energy": 2.0}], ids=["same ranks", "shared ranks"])
+def test_directions_that_cant_be_an_adapters_are_refused_before_anything_is_replaced(value, message, more):
+    model = matrix_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(InputError, match=f"hrp_state_dict: {message}"):
+        initialize_lora_hrp_weights(model, hrp_state_dict={"layer": value}, **more)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_directions_of_experts_are_as_many_as_the_experts():
+    model = peft.get_peft_model(
+        Mixture(), peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.up"])
+    )
+    found = get_hrp_state_dict(
+        model,
+        train_step=lambda model, step: model(torch.ones(4, 5)),
+        preheat_steps=1,
+        show_progress_bar=False,
+    )
+    ((name, value),) = found.items()
+    with pytest.raises(InputError, match=r"is \(2, 5\), the adapter needs \(3, 2, 5\)"):
+        initialize_lora_hrp_weights(model, hrp_state_dict={name: value[0]})
+    initialize_lora_hrp_weights(model, hrp_state_dict=found)
 
 
 def test_layers_of_other_kinds_are_named_once_and_alone_are_no_model(caplog):

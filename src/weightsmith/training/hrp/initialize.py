@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +33,12 @@ from weightsmith.training.hrp.factors import defect, filled, principal, shared_r
 from weightsmith.training.hrp.layers import Layer, find_layers
 from weightsmith.training.hrp.options import HRPOptions
 from weightsmith.training.hrp.report import HRPReport, LayerReport, read_cache, write_cache
+from weightsmith.training.hrp.state import LEFT, check_state, names_of, ranks_of, stacked
+from weightsmith.training.hrp.steps import TrainStep, model_loss, step_of
 
 log = logging.getLogger(__name__)
 
-LEFT = ":B"
-"""What a name of a state dict ends with where its tensor belongs to B; without it the tensor is A."""
 _OWN_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "loftq", "mica")
-TrainStep = Callable[[nn.Module, int], Tensor]
-
-
-def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss that a model tells of a batch, moved to its device: `model(**batch).loss`."""
-    device = next(model.parameters()).device
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    found = model(**moved)
-    loss = found if isinstance(found, Tensor) else getattr(found, "loss", None)
-    if loss is None:
-        raise InputError(
-            f"{type(model).__name__} tells no loss of a batch with {', '.join(batch)}: expected labels, or a "
-            "forward_fn that gives the loss"
-        )
-    return loss
 
 
 def initialize_lora_hrp_weights(
@@ -81,7 +66,8 @@ def initialize_lora_hrp_weights(
     Args:
         model: A `PeftModel` with LoRA, or a model with one put in by transformers' own `add_adapter`.
         dataloader: Batches of the fine-tuning data; read again from the start where they are too few.
-        train_step: Takes the model and the number of the step, and returns the loss to go down.
+        train_step: Takes the model and the number of the step, and returns the loss to go down, one number;
+            HRP runs its backward pass.
         hrp_state_dict: Directions of an earlier call (`get_hrp_state_dict`); nothing is trained.
         options: Settings; fields of `HRPOptions` may be given as keywords instead.
         forward_fn: Loss of the model on one batch of `dataloader`.
@@ -97,8 +83,8 @@ def initialize_lora_hrp_weights(
 
     Raises:
         InputError: no LoRA model, an adapter that is trained or stands on changed weights, no data or two
-            kinds of it, a loss that is no number, a state dict or cache of something else. The model is as it
-            was.
+            kinds of it, a loss that is no number or has no gradient, a state dict or cache of something else
+            or with values that are no numbers. The model is as it was.
         MissingExtraError: peft is not installed.
     """
     made = _Call(model, options, adapter_name, overwrite, keywords)
@@ -115,7 +101,7 @@ def initialize_lora_hrp_weights(
     if cached is not None:
         made.load(cached[0])
         return cached[1]
-    step = _step_of(model, dataloader, train_step, forward_fn, steps)
+    step = step_of(model, dataloader, train_step, forward_fn, steps)
     state, report = made.found(step, steps, gather, _bar(progress, show_progress_bar), apply=True)
     if cache_file is not None and _rank() == 0:
         write_cache(cache_file, identity, state, report)
@@ -146,7 +132,7 @@ def get_hrp_state_dict(
     """
     made = _Call(model, options, adapter_name, True, keywords)
     steps = made.options.steps_of(None)
-    step = _step_of(model, dataloader, train_step, forward_fn, steps)
+    step = step_of(model, dataloader, train_step, forward_fn, steps)
     return made.found(step, steps, gather, _bar(progress, show_progress_bar), apply=False)[0]
 
 
@@ -190,8 +176,9 @@ class _Call:
                 raise InputError(f"{layer.name}: adapters are merged into the weights; unmerge them first")
             if not overwrite and bool(layer.left(adapter).any()):
                 raise InputError(
-                    f"{layer.name}: the adapter is trained, its B is not 0, and HRP would discard a trained "
-                    "adapter; overwrite=True does so"
+                    f"{layer.name}: B of adapter `{adapter}` is not 0: it is trained, or begun so "
+                    f"(init_lora_weights={config.init_lora_weights!r}), and HRP would discard it; give a "
+                    "fresh adapter, or overwrite=True to initialize_lora_hrp_weights"
                 )
         if self.skipped:
             log.warning("HRP: no direction for %s: kinds of layers it doesn't know", ", ".join(self.skipped))
@@ -222,10 +209,8 @@ class _Call:
                 for tensor in state.values():
                     _share(tensor)
             seconds.append(time.perf_counter())
-            if apply and self.options.rank_energy is not None:
-                new = {n.removesuffix(LEFT): _rank_of(n, value) for n, value in state.items()}
-                self._replace(new)
         if apply:
+            self.take_ranks(ranks_of(state))
             self._write(state)
         report = HRPReport(
             layers=reports,
@@ -241,43 +226,15 @@ class _Call:
         """Write directions that were found before.
 
         Raises:
-            InputError: names or shapes that aren't those of the adapter's layers.
+            InputError: names or shapes that aren't those of the adapter's layers, or values that are no
+                numbers.
         """
-        wanted = {name for layer in self.layers for name in self._names(layer)}
-        missing, unexpected = sorted(wanted - set(state)), sorted(set(state) - wanted)
-        if missing or unexpected:
-            words = [f"{len(missing)} missing ({missing[0]})"] if missing else []
-            words += [f"{len(unexpected)} unexpected ({unexpected[0]})"] if unexpected else []
-            raise InputError(f"hrp_state_dict is of another model or adapter: {', '.join(words)}")
-        ranks = {n.removesuffix(LEFT): _rank_of(n, value) for n, value in state.items()}
-        if self.options.rank_energy is not None:
-            with preheat.large_adapter(
-                self.model,
-                self.adapter,
-                self.layers,
-                dict.fromkeys((layer.name for layer in self.layers), 1),
-                self.options,
-            ):
-                self._replace(ranks)
-        for layer in self.layers:
-            sides = layer.sides
-            for name in self._names(layer):
-                size = sides[0] if name.endswith(LEFT) else sides[1]
-                shape = tuple(state[name].shape)
-                rank = layer.module.r[self.adapter]
-                expected = (size, rank) if name.endswith(LEFT) else (rank, size)
-                if shape[-2:] != expected:
-                    raise InputError(f"hrp_state_dict: {name} is {shape}, the adapter needs {expected}")
+        check_state(state, self.layers, self.adapter, self.options)
+        self.take_ranks(ranks_of(state))
         self._write(state)
 
-    def _names(self, layer: Layer) -> Iterator[str]:
-        if self.options.assign != "B":
-            yield layer.name
-        if self.options.assign != "A":
-            yield layer.name + LEFT
-
-    def _replace(self, ranks: Mapping[str, int]) -> None:
-        """Give the adapter other ranks."""
+    def take_ranks(self, ranks: Mapping[str, int]) -> None:
+        """Give layers of the adapter other ranks."""
         changed = {
             layer.name: ranks[layer.name]
             for layer in self.layers
@@ -312,7 +269,7 @@ class _Call:
                 layer.module.scaling[self.adapter],
                 dtype,
             )
-            for name in self._names(layer):
+            for name in names_of(layer, self.options):
                 state[name] = directions[1 if name.endswith(LEFT) else 0].cpu().contiguous()
         broken = [name for name, report in reports.items() if report.fallback == "not finite"]
         if 2 * len(broken) > len(reports):
@@ -330,9 +287,9 @@ class _Call:
             left, right = layer.left(self.adapter), layer.right(self.adapter)
             new_left, new_right = torch.zeros_like(left), torch.zeros_like(right)
             if self.options.assign != "B":
-                new_right = _stacked(state[layer.name]).mT.to(right)
+                new_right = stacked(state[layer.name]).mT.to(right)
             if self.options.assign != "A":
-                new_left = _stacked(state[layer.name + LEFT]).to(left)
+                new_left = stacked(state[layer.name + LEFT]).to(left)
             layer.write(self.adapter, new_left, new_right)
 
 
@@ -402,69 +359,6 @@ def _kept(right: Tensor, rank: int, seed: int) -> Tensor:
     """The first directions that the large adapter began with: nothing has moved them."""
     basis = torch.linalg.qr(right.float())[0]
     return filled(basis, rank, seed)
-
-
-def _stacked(value: Tensor) -> Tensor:
-    return value if value.ndim == 3 else value[None]
-
-
-def _rank_of(name: str, value: Tensor) -> int:
-    return value.shape[-1] if name.endswith(LEFT) else value.shape[-2]
-
-
-def _step_of(
-    model: nn.Module,
-    dataloader: Iterable[Any] | None,
-    train_step: TrainStep | None,
-    forward_fn: Callable[[nn.Module, Any], Tensor],
-    steps: int,
-) -> preheat.Step:
-    """Forward and backward of one step."""
-    if (dataloader is None) == (train_step is None):
-        found = "none" if dataloader is None else "both"
-        raise InputError(
-            f"HRP needs one of dataloader, train_step and hrp_state_dict, found {found} of the first two"
-        )
-    if train_step is not None:
-
-        def by_user(number: int) -> float:
-            loss = train_step(model, number)
-            loss.backward()
-            return float(loss.detach())
-
-        return by_user
-    assert dataloader is not None
-    batches = _endless(dataloader, steps)
-
-    def by_batch(number: int) -> float:
-        loss = forward_fn(model, next(batches))
-        loss.backward()
-        return float(loss.detach())
-
-    return by_batch
-
-
-def _endless(dataloader: Iterable[Any], steps: int) -> Iterator[Any]:
-    """Batches, again from the start where they end.
-
-    Raises:
-        InputError: there are none, or what gives them can be read only once.
-    """
-    count = told = 0
-    while True:
-        before = count
-        for batch in dataloader:
-            count += 1
-            yield batch
-        if count == before:
-            if count:
-                raise InputError(
-                    f"dataloader ended after {count} batches of {steps} preheat steps and can't be read again"
-                )
-            raise InputError("dataloader is empty: the preheat has nothing to learn from")
-        if not told:
-            log.warning("HRP: the data ended after %d of %d preheat steps and is read again", count, steps)
-        told = 1
 
 
 class _Bar:

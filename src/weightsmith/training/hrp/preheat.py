@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from weightsmith.errors import InputError
 from weightsmith.runs.progress import Progress
 from weightsmith.runs.seeds import derive
-from weightsmith.training.hrp.layers import Layer, find_layers
+from weightsmith.training.hrp.layers import PREFIX, Layer, find_layers, lora_modules
 from weightsmith.training.hrp.options import MOST_RANK, RATE, HRPOptions
 
 log = logging.getLogger(__name__)
@@ -179,20 +179,32 @@ def peft_configs(model: Any) -> dict[str, Any]:
 
 
 def replace_adapter(model: Any, adapter: str, ranks: Mapping[str, int], layers: Sequence[Layer]) -> None:
-    """Make an adapter anew with other ranks and the same scales; the large adapter must be there
-    meanwhile.
+    """Make an adapter anew with other ranks and the same scales. Whatever of it has the shape that it had,
+    such as modules that are trained whole, keeps its values.
     """
     config = copy.deepcopy(peft_configs(model)[adapter])
-    before = {layer.name: (layer.module.r[adapter], layer.module.scaling[adapter]) for layer in layers}
     config.layer_replication = None  # done when the first adapter came
-    for name, rank in ranks.items():
-        scale = before[name][1]
-        pattern = f"^{re.escape(name)}"
-        config.rank_pattern = {pattern: rank, **config.rank_pattern}
-        alpha = scale * (math.sqrt(rank) if config.use_rslora else rank)
-        config.alpha_pattern = {pattern: alpha, **config.alpha_pattern}
-    _delete(model, adapter)
-    _add(model, (adapter, config))
+    for layer in layers:
+        if layer.name in ranks:
+            rank, scale = ranks[layer.name], layer.module.scaling[adapter]
+            pattern = f"^{re.escape(layer.name)}"
+            config.rank_pattern = {pattern: rank, **config.rank_pattern}
+            alpha = scale * (math.sqrt(rank) if config.use_rslora else rank)
+            config.alpha_pattern = {pattern: alpha, **config.alpha_pattern}
+    before = {name: tensor.detach().clone() for name, tensor in _own_tensors(model, adapter)}
+    # PEFT wants an adapter to be there meanwhile.
+    with large_adapter(model, adapter, layers, {layer.name: 1 for layer in layers}, HRPOptions()):
+        _delete(model, adapter)
+        _add(model, (adapter, config))
+    for name, tensor in _own_tensors(model, adapter):
+        if name in before and before[name].shape == tensor.shape:
+            tensor.data.copy_(before[name])
+
+
+def _own_tensors(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of an adapter."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return ((name, tensor) for name, tensor in tensors if adapter in name.split("."))
 
 
 def _config(model: Any, adapter: str, ranks: Mapping[str, int]) -> tuple[str, Any]:
@@ -200,6 +212,13 @@ def _config(model: Any, adapter: str, ranks: Mapping[str, int]) -> tuple[str, An
     train.
     """
     config = copy.deepcopy(peft_configs(model)[adapter])
+    # Kinds of layers that HRP doesn't know keep a rank that is known to fit them.
+    own = {
+        name.removeprefix(PREFIX): module.r[adapter]
+        for name, module in lora_modules(model)
+        if adapter in module.r
+    }
+    ranks = own | dict(ranks)
     usual = max(ranks.values())
     config.r = config.lora_alpha = usual
     config.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}

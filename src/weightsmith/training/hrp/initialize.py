@@ -136,6 +136,28 @@ def get_hrp_state_dict(
     return made.found(step, steps, gather, _bar(progress, show_progress_bar), apply=False)[0]
 
 
+def take_ranks(
+    model: nn.Module, ranks: Mapping[str, int], origin: object, *, adapter_name: str = "default"
+) -> None:
+    """Give an adapter the ranks that an earlier initialisation gave it, before its weights are loaded.
+
+    Args:
+        model: As of `initialize_lora_hrp_weights`.
+        ranks: Of every layer, by name.
+        origin: Where they come from; for messages.
+        adapter_name: The adapter.
+
+    Raises:
+        InputError: the layers are not those of the adapter.
+    """
+    made = _Call(model, None, adapter_name, True, {})
+    names = {layer.name for layer in made.layers}
+    if names != ranks.keys():
+        other = sorted(names ^ ranks.keys())[0]
+        raise InputError(f"{origin} is of another adapter: {other} is in one of the two alone")
+    made.take_ranks(ranks)
+
+
 class _Call:
     """One initialisation: what it is about, checked."""
 

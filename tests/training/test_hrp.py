@@ -496,6 +496,49 @@ def test_gradient_checkpointing_goes_on_without_dropout(gpt2):
     assert not model.training
 
 
+def small_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, attention_dropout=0.5))
+
+
+def small_opt():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2}
+    positions = {"max_position_embeddings": 32, "word_embed_proj_dim": 16}
+    return OPTForCausalLM(OPTConfig(**sizes, **positions, num_attention_heads=4, dropout=0.5))
+
+
+@pytest.mark.parametrize("make", [small_llama, small_opt], ids=["in the attention", "in the layer"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_dropout_by_function_is_off_where_checkpointing_is_on(make, reentrant):
+    torch.manual_seed(0)
+    base = make()
+    base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    base.enable_input_require_grads()
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["v_proj"])).train()
+    ids, runs = torch.arange(24).reshape(2, 12), []
+    inner = [module for name, module in model.named_modules() if name.endswith("self_attn")]
+    for module in inner:
+        module.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+
+    def losses(model, count):
+        return [model(input_ids=ids, labels=ids, use_cache=False).loss for _ in range(count)]
+
+    def step(model, number):
+        first, second = losses(model, 2)
+        assert torch.equal(first, second)
+        runs.clear()
+        return losses(model, 1)[0]
+
+    initialize_lora_hrp_weights(model, train_step=step, preheat_steps=2, show_progress_bar=False)
+    assert len(runs) == 2 * len(inner)  # of the last step: once forward, and again in its backward pass
+    first, second = losses(model, 2)
+    assert not torch.equal(first, second)  # training has its dropout again
+
+
 def test_ranks_shared_out_by_energy_keep_their_sum_and_the_adapters_scale():
     model = text_model(use_rslora=True, lora_alpha=5, rank_pattern={"head": 4})
     scales = {n: m.scaling["default"] for n, m in model.named_modules() if hasattr(m, "scaling")}

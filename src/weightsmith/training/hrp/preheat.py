@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import math
 import random
@@ -82,13 +83,8 @@ def large_adapter(
         for layer in large:
             _begin(layer, scales[layer.name], layer.module.r[adapter], options)
         model.eval()
-        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            # It works in training mode alone.
-            model.train()
-            for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
-                    module.eval()
-        yield large
+        with _checkpointing(model):
+            yield large
     finally:
         _set_active(model, active)
         if PREHEAT in peft_configs(model):
@@ -98,6 +94,46 @@ def large_adapter(
         for module, mode in modes.items():
             module.training = mode
         _set_random_states(states)
+
+
+@contextlib.contextmanager
+def _checkpointing(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing goes on in a model whose modules are in evaluation.
+
+    It works in training mode alone, so the innermost modules that have it, as a rule the layers that run
+    twice, are in training; but not while they run, since many drop out by function.
+    """
+    having = {
+        module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True
+    }
+    innermost = [module for module in having if having.isdisjoint(list(module.modules())[1:])]
+    usual = {
+        module: module._gradient_checkpointing_func
+        for module in innermost
+        if hasattr(module, "_gradient_checkpointing_func")  # else its own forward calls PyTorch's
+    }
+    for module in innermost:
+        module.training = True
+    for module, function in usual.items():
+        module._gradient_checkpointing_func = functools.partial(_in_evaluation, module, function)  # type: ignore
+    try:
+        yield
+    finally:
+        for module, function in usual.items():
+            module._gradient_checkpointing_func = function
+
+
+def _in_evaluation(module: nn.Module, checkpoint: Any, run: Any, *inputs: Any, **more: Any) -> Any:
+    """A checkpoint around a module that is in evaluation while it runs, in the backward pass too."""
+
+    def running(*inputs: Any, **more: Any) -> Any:
+        module.training = False
+        try:
+            return run(*inputs, **more)
+        finally:
+            module.training = True
+
+    return checkpoint(running, *inputs, **more)
 
 
 def train(

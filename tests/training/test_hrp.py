@@ -733,6 +733,9 @@ def test_merged_adapters_are_refused():
 def test_a_rank_that_cant_lead_anywhere_names_both_and_the_layer():
     with pytest.raises(InputError, match=r"layer has r=2, found 2 \(force=True"):
         initialize(matrix_model(), preheat_rank=2)
+    with pytest.raises(InputError, match=r"layer has r=128, the default is 128 \(force=True"):
+        initialize(matrix_model(rank=128))
+    initialize(matrix_model(rank=128), force=True, preheat_steps=1)
     with pytest.raises(InputError, match=r"preheat_rank: 'nowhere' matches no layer; names are like layer"):
         initialize(matrix_model(), preheat_rank={"nowhere": 8})
 

@@ -317,3 +317,6 @@ def test_hrp_takes_no_other_start_and_no_smaller_rank():
         HRPAdapterOptions(init="olora")
     with pytest.raises(InputError, match="preheat_rank must be above rank, which is 16, got 8"):
         HRPAdapterOptions(preheat_rank=8)
+    with pytest.raises(InputError, match="preheat_rank must be above rank, which is 128, the default is 128"):
+        HRPAdapterOptions(rank=128)
+    HRPAdapterOptions(rank=128, preheat_rank=256)

@@ -27,9 +27,9 @@ class HRPOptions:
     library's choice.
 
     Attributes:
-        preheat_rank: Rank of the large adapter; by default 128, at most 16 times that of the small one. A
-        mapping
-            of patterns to ranks as PEFT's `rank_pattern`. No layer gets more than its smaller side.
+        preheat_rank: Rank of the large adapter; by default 128, at most 16 times that of the small one, which
+            must be smaller: one of 128 or more needs a rank given. A mapping of patterns to ranks as PEFT's
+            `rank_pattern`. No layer gets more than its smaller side.
         preheat_steps: Steps of the preheat; by default 3 % of the run's, at least 10 and at most a fifth; 100
             where the run's are not known.
         preheat_lr: Its learning rate, constant; by default the run's, 1e-3 where that is not known.
@@ -193,10 +193,12 @@ class HRPAdapterOptions(LoRAOptions, HRPOptions):
         HRPOptions.__post_init__(self)
         if self.init != "kaiming":
             raise InputError(f"init: HRP is the start; found {self.init!r}, leave it out")
-        rank = self.preheat_rank
+        rank = MOST_RANK if self.preheat_rank is None else self.preheat_rank
         if isinstance(rank, int) and rank <= self.rank and not self.force:
+            found = "the default is" if self.preheat_rank is None else "got"
             raise InputError(
-                f"preheat_rank must be above rank, which is {self.rank}, got {rank}; `force: true` allows it"
+                f"preheat_rank must be above rank, which is {self.rank}, {found} {rank}; "
+                "`force: true` allows it"
             )
 
     @property

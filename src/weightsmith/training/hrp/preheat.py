@@ -34,7 +34,7 @@ def preheat_ranks(layers: Sequence[Layer], adapter: str, options: HRPOptions) ->
     """Rank of the large adapter in each layer.
 
     Raises:
-        InputError: a rank that is given and no larger than the small adapter's; a pattern without a layer.
+        InputError: a rank no larger than the small adapter's; a pattern without a layer.
     """
     given, found = options.preheat_rank, {}
     unused = set(given) if isinstance(given, Mapping) else set()
@@ -46,12 +46,13 @@ def preheat_ranks(layers: Sequence[Layer], adapter: str, options: HRPOptions) ->
             wanted = given[matching[0]] if matching else None
         else:
             wanted = given
+        usual = wanted is None
         if wanted is None:
-            wanted = max(own, min(MOST_RANK, 16 * own))
-        elif wanted <= own and not options.force:
+            wanted = min(MOST_RANK, 16 * own)
+        if wanted <= own and not options.force:
             raise InputError(
-                f"preheat_rank must be above the adapter's rank: {layer.name} has r={own}, found {wanted} "
-                "(force=True allows it)"
+                f"preheat_rank must be above the adapter's rank: {layer.name} has r={own}, "
+                f"{'the default is' if usual else 'found'} {wanted} (force=True allows it)"
             )
         found[layer.name] = min(wanted, most)
     if unused:

@@ -337,6 +337,15 @@ def test_rows_have_the_length_that_is_asked_for(scale, length):
     )
 
 
+def test_with_both_factors_assigned_rows_have_that_length_and_the_product_is_the_same():
+    unit, long = matrix_model(), matrix_model()
+    for model, scale in ((unit, "orthonormal"), (long, 4.0)):
+        initialize(model, assign="both", a_scale=scale, preheat_steps=3)
+    (rows, columns), (long_rows, long_columns) = factors(unit), factors(long)
+    torch.testing.assert_close(long_rows, 4 * rows)
+    torch.testing.assert_close(long_columns @ long_rows, columns @ rows)
+
+
 # Kinds of layers
 
 
@@ -616,7 +625,8 @@ def test_a_kept_file_stands_for_a_preheat_and_for_no_other(tmp_path):
     file, counted = tmp_path / "kept.safetensors", []
 
     def go(**more):
-        model = matrix_model(rank=more.pop("rank", 2))
+        rank = more.pop("rank", 2)
+        model = more.pop("model", None) or matrix_model(rank=rank, lora_alpha=more.pop("alpha", rank))
         report = initialize_lora_hrp_weights(
             model,
             train_step=lambda model, step: counted.append(step) or model(),
@@ -634,8 +644,12 @@ def test_a_kept_file_stands_for_a_preheat_and_for_no_other(tmp_path):
     assert json.dumps(told.to_json()) == json.dumps(report.to_json())
     with pytest.raises(InputError, match=r"kept\.safetensors: found with seed 0, now 1; remove it"):
         go(seed=1)
-    with pytest.raises(InputError, match=r"found with layer layer r=2 R=10, now r=1 R=10"):
+    with pytest.raises(InputError, match=r"with layer layer r=2 R=10 scale=1\.0, now r=1 R=10 scale=1\.0;"):
         go(rank=1)
+    with pytest.raises(InputError, match=r"with layer layer r=2 R=10 scale=1\.0, now r=2 R=10 scale=3\.0;"):
+        go(alpha=6)
+    with pytest.raises(InputError, match=r"found with base [0-9a-f]{16}, now [0-9a-f]{16}; remove it"):
+        go(model=adapted(nn.ModuleDict({"layer": nn.Linear(COLUMNS, ROWS), "more": nn.Linear(2, 2)})))
     file.write_bytes(b"no such file")
     with pytest.raises(InputError, match=r"can't be read as safetensors"):
         go()
@@ -752,6 +766,16 @@ def test_a_rank_that_cant_lead_anywhere_names_both_and_the_layer():
         ({"a_scale": -1.0}, "a_scale must be a number above 0"),
         ({"rank_energy": 0.5}, "rank_energy must be at least 1"),
         ({"preheat_optimizer": "sdg"}, "did you mean `sgd`"),
+        ({"preheat_lr": "1e-3"}, "preheat_lr must be above 0 and finite, got '1e-3'"),
+        ({"rank_energy": "2"}, "rank_energy must be at least 1 and finite, got '2'"),
+        ({"preheat_rank": {3: 8}}, "preheat_rank must be a mapping of patterns of names, got 3"),
+        ({"force": "no"}, "force must be true or false, got 'no'"),
+        ({"seed": 0.5}, "seed must be a whole number, got 0.5"),
+        (
+            {"preheat_optimizer": torch.optim.SGD, "preheat_lr": 0.1},
+            "preheat_lr has no effect on a preheat_op",
+        ),
+        ({"options": {"preheat_steps": 3}}, "options must be HRPOptions, got dict; single fields may be"),
         ({"preheat_step": 3}, "no option `preheat_step`; did you mean `preheat_steps`"),
     ],
     ids=lambda value: str(value)[:30],
@@ -836,7 +860,9 @@ def test_a_loss_that_is_no_number_stops_and_leaves_the_model_as_it_was():
     def step(model, number):
         return model() * (float("nan") if number == 2 else 1.0)
 
-    with pytest.raises(InputError, match=r"the loss is nan in step 3 of 5; lower preheat_lr \(now 0\.25\)"):
+    with pytest.raises(
+        InputError, match=r"the loss is nan in step 3 of 5; lower its learning rate \(now 0\.25\)"
+    ):
         initialize_lora_hrp_weights(
             model, train_step=step, preheat_steps=5, preheat_lr=0.25, show_progress_bar=False
         )
@@ -864,7 +890,7 @@ def test_factors_that_overflow_in_one_layer_cost_that_layers_direction_and_in_mo
     assert "head keeps a random direction: not finite" in caplog.text
     rows, _ = factors(model, "head")
     torch.testing.assert_close(rows @ rows.mT, torch.eye(2), rtol=0, atol=1e-5)
-    with pytest.raises(InputError, match="2 of 3 layers have NaN or infinite factors; lower preheat_lr"):
+    with pytest.raises(InputError, match="2 of 3 layers have NaN or infinite factors; lower the preheat's"):
         initialize_lora_hrp_weights(
             model,
             batches(),

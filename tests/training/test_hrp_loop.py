@@ -304,6 +304,11 @@ def test_modules_that_arent_there_are_told(base, tmp_path):
         ({"init": "orthogonal", "rank": 3}, "init: orthogonal needs an even rank, got 3"),
         ({"dropout": 1.0}, "dropout must be in 0..1"),
         ({"alpha": -1.0}, "alpha must be above 0"),
+        ({"alpha": "8"}, "alpha must be above 0 and finite, got '8'"),
+        ({"dropout": None}, "dropout must be in 0..1, below 1, got None"),
+        ({"target": (3,)}, "target must be `all-linear` or names of modules"),
+        ({"init": None}, "init must be one of .* got None"),
+        ({"rslora": "yes"}, "rslora must be true or false"),
     ],
     ids=lambda value: str(value)[:20],
 )

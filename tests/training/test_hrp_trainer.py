@@ -92,6 +92,24 @@ def test_training_reads_what_it_would_have_read_and_the_preheat_reads_in_another
     assert seen(run)[:2] != seen(plain)[:2]
 
 
+def test_the_preheat_has_the_rate_of_the_training_and_an_optimiser_of_your_own_has_its_own(trainer):
+    made = []
+
+    def optimizer(parameters):
+        made.append(torch.optim.SGD(parameters, lr=0.5))
+        return made[-1]
+
+    ways = [{"preheat_optimizer": "sgd"}, {"preheat_optimizer": "sgd", "preheat_lr": 0.01}]
+    ways.append({"preheat_optimizer": optimizer})
+    losses = []
+    for way in ways:
+        run = trainer(HRPOptions(preheat_steps=2, **way))
+        run.train()
+        losses.append(run.hrp_report.losses)
+    assert losses[0] == losses[1] != losses[2]
+    assert [group["lr"] for group in made[0].param_groups] == [0.5]
+
+
 def test_adapter_and_optimiser_belong_to_the_small_adapter_alone(trainer):
     run = trainer()
     run.train()

@@ -89,8 +89,7 @@ def attach(
         batches = _Batches(planned, workdir, masking, network.device)
         if isinstance(options, HRPAdapterOptions):
             found = dataclasses.replace(
-                options.hrp,
-                preheat_lr=options.preheat_lr or planned.config.learning_rate,
+                options.hrp.at_rate(planned.config.learning_rate),
                 seed=derive(planned.seed, "hrp"),
             )
             report = initialize_lora_hrp_weights(

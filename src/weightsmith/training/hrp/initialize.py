@@ -15,6 +15,8 @@ Cost     `preheat_steps` steps with an adapter of rank R, 16 bytes (M + N) R a l
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,7 +32,7 @@ from weightsmith.runs.progress import SILENT, Progress
 from weightsmith.runs.seeds import derive
 from weightsmith.training.hrp import preheat
 from weightsmith.training.hrp.factors import defect, filled, principal, shared_ranks
-from weightsmith.training.hrp.layers import Layer, find_layers
+from weightsmith.training.hrp.layers import PREFIX, Layer, find_layers
 from weightsmith.training.hrp.options import HRPOptions
 from weightsmith.training.hrp.report import HRPReport, LayerReport, read_cache, write_cache
 from weightsmith.training.hrp.state import LEFT, check_state, names_of, ranks_of, stacked
@@ -72,7 +74,9 @@ def initialize_lora_hrp_weights(
         options: Settings; fields of `HRPOptions` may be given as keywords instead.
         forward_fn: Loss of the model on one batch of `dataloader`.
         adapter_name: The adapter to initialise.
-        cache_file: Safetensors file that keeps the directions: read if it is there, else written.
+        cache_file: Safetensors file that keeps the directions: read if it is there, else written. One found
+            with other options, another adapter or a base of other shapes is refused; data and values of the
+            weights it can't tell.
         overwrite: Initialise an adapter that has been trained already, which forgets what it learnt.
         gather: Average gradients over processes; false where every process reads the same batches.
         show_progress_bar: Show the steps of the preheat.
@@ -206,13 +210,31 @@ class _Call:
             log.warning("HRP: no direction for %s: kinds of layers it doesn't know", ", ".join(self.skipped))
 
     def identity(self, steps: int) -> dict[str, str]:
-        """What decides the directions, but for weights and data."""
+        """What decides the directions: options (functions by their names), the adapter's variant, ranks and
+        scales, names and shapes of the base's parameters. Not their values, nor what the base's config says
+        beside them, the data or the loss.
+        """
         own = {name: getattr(value, "__qualname__", str(value)) for name, value in vars(self.options).items()}
         own["preheat_steps"] = str(steps)
+        own["use_dora"] = str(preheat.peft_configs(self.model)[self.adapter].use_dora)
+        own["base"] = self._base()
         ranks = preheat.preheat_ranks(self.layers, self.adapter, self.options)
         for layer in self.layers:
-            own[f"layer {layer.name}"] = f"r={layer.module.r[self.adapter]} R={ranks[layer.name]}"
+            module = layer.module
+            own[f"layer {layer.name}"] = (
+                f"r={module.r[self.adapter]} R={ranks[layer.name]} scale={module.scaling[self.adapter]}"
+            )
         return own
+
+    def _base(self) -> str:
+        """A digest of names and shapes of the parameters that belong to no adapter."""
+        adapters = set(preheat.peft_configs(self.model))
+        shapes = {
+            name.removeprefix(PREFIX).replace(".base_layer", ""): list(parameter.shape)
+            for name, parameter in self.model.named_parameters()
+            if adapters.isdisjoint(name.split("."))
+        }
+        return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
 
     def found(
         self, step: preheat.Step, steps: int, gather: bool, progress: Progress, *, apply: bool
@@ -297,7 +319,7 @@ class _Call:
         if 2 * len(broken) > len(reports):
             raise InputError(
                 f"preheat: {len(broken)} of {len(reports)} layers have NaN or infinite factors; lower "
-                "preheat_lr. The model is as it was"
+                "the preheat's learning rate. The model is as it was"
             )
         for name, report in reports.items():
             if report.fallback is not None:
@@ -354,7 +376,7 @@ class _Product:
                 size = s[:rank].to(u) * (self.scale / scale)
                 if len(size) < u.shape[1]:
                     size = torch.cat([size, size.new_zeros(u.shape[1] - len(size))])
-                u = u * size
+                u, v = u * size / options.length, v * options.length
             else:
                 u, v = u * options.length, v * options.length
             rows.append(v.mT)

@@ -165,8 +165,8 @@ def train(
         parameters += [left, right] if options.trainable == "both" else [left]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    rate = options.preheat_lr or RATE
-    optimizer = _optimizer(parameters, options, rate)
+    optimizer = _optimizer(parameters, options)
+    rate = optimizer.param_groups[0]["lr"]
     losses = []
     progress.start("preheating", steps, "steps")
     try:
@@ -177,8 +177,8 @@ def train(
                 loss = _average(parameters, loss)
             if not math.isfinite(loss):
                 raise InputError(
-                    f"preheat: the loss is {loss} in step {number + 1} of {steps}; lower preheat_lr (now "
-                    f"{rate:g}). The model is as it was"
+                    f"preheat: the loss is {loss} in step {number + 1} of {steps}; lower its learning rate "
+                    f"(now {float(rate):g}). The model is as it was"
                 )
             optimizer.step()
             losses.append(loss)
@@ -189,7 +189,7 @@ def train(
     progress.done()
     if losses[-1] > losses[0] + 0.2 * abs(losses[0]):
         log.warning(
-            "HRP: the preheat raised the loss from %.4g to %.4g; a lower preheat_lr (now %g) may help",
+            "HRP: the preheat raised the loss from %.4g to %.4g; a lower learning rate (now %g) may help",
             losses[0],
             losses[-1],
             rate,
@@ -289,7 +289,8 @@ def _begin(layer: Layer, scale: float, own: int, options: HRPOptions) -> None:
         layer.module.scaling[PREHEAT] = float(options.preheat_scale) / rank
 
 
-def _optimizer(parameters: list[Any], options: HRPOptions, rate: float) -> Any:
+def _optimizer(parameters: list[Any], options: HRPOptions) -> Any:
+    rate = options.preheat_lr or RATE
     if callable(options.preheat_optimizer):
         return options.preheat_optimizer(parameters)
     if options.preheat_optimizer == "sgd":

@@ -108,9 +108,7 @@ class HRPTrainerMixin(_Base):
 
     def _hrp_begin(self, steps: int) -> None:
         model: Any = self.accelerator.unwrap_model(self.model)
-        options = dataclasses.replace(
-            self.hrp, preheat_steps=steps, preheat_lr=self.hrp.preheat_lr or self.args.learning_rate
-        )
+        options = dataclasses.replace(self.hrp.at_rate(self.args.learning_rate), preheat_steps=steps)
         batches = self._hrp_batches(steps * self.args.gradient_accumulation_steps)
 
         def train_step(model: nn.Module, number: int) -> torch.Tensor:

@@ -37,7 +37,7 @@ _KEPT = "hrp-"
 _RANKS = "ranks.json"
 _LAYOUT = ("target_modules", "rank_pattern", "alpha_pattern")
 """Fields of PEFT's configuration that a start may change, kept in that file: ranks shared out anew, layers
-left without an adapter. It stays as long as the durable checkpoints, which need it, may.
+left without an adapter. It outlives the training: a run killed while it writes its result needs it.
 """
 Masking = Callable[[dict[str, Any], int], dict[str, Any]]
 
@@ -56,7 +56,7 @@ def attach(
     Args:
         planned: The run.
         network: The model; it has LoRA layers afterwards.
-        workdir: Where directions and ranks are kept until the run is done.
+        workdir: Where directions are kept until the run is done, and ranks beyond.
         metrics: The run's metrics.
         masking: What masks a batch by its number, where the objective does.
         progress: Told about the steps of a preheat.

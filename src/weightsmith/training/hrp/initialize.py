@@ -198,6 +198,11 @@ class _Call:
                 "groups)"
             )
         for layer in self.layers:
+            if self.options.rank_energy is not None and layer.is_sharded(adapter):
+                raise InputError(
+                    f"rank_energy: {layer.name} is sharded, and factors of another rank would not be; "
+                    "initialise before fully_shard"
+                )
             if layer.module.merged:
                 raise InputError(f"{layer.name}: adapters are merged into the weights; unmerge them first")
             if not overwrite and bool(layer.left(adapter).any()):

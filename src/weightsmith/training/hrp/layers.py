@@ -86,6 +86,10 @@ class Layer:
             return left[1], right[0]
         return left[0], right[1:].numel()
 
+    def is_sharded(self, adapter: str) -> bool:
+        """Whether a process has a part of its factors."""
+        return any(_is_sharded(stored) for stored in self.parameters(adapter))
+
     @property
     def num_experts(self) -> int:
         """How many there are of each factor."""

@@ -290,6 +290,18 @@ def test_what_an_adapter_cant_stand_beside_is_told(base, more, message):
         plan(FinetuneConfig(**{"data": "docs", "adapter": HRP, **SMALL, **more}), base, seed=0)
 
 
+@pytest.mark.parametrize("energy", [None, 2.0])
+def test_a_pattern_of_modules_is_stored_as_one_and_goes_on(base, tmp_path, monkeypatch, energy):
+    adapter = dataclasses.replace(HRP, target=r".*\.[qv]_proj", rank_energy=energy)
+    config = FinetuneConfig(data="docs", adapter=adapter, save_every=3, **SMALL)
+    with interrupted_after(monkeypatch, 4):
+        go(config, base, tmp_path)
+    assert go(config, base, tmp_path).resumed_from == 3
+    stored = json.loads((tmp_path / "work" / "adapter" / "adapter_config.json").read_text())
+    assert stored["target_modules"] == r".*\.[qv]_proj"
+    assert bool(stored["rank_pattern"]) == (energy is not None)
+
+
 def test_modules_that_arent_there_are_told(base, tmp_path):
     adapter = LoRAOptions(rank=2, target=("c_attn",))
     with pytest.raises(InputError, match=r"adapter: Target modules .*c_attn"):

@@ -103,7 +103,7 @@ def attach(
         own = model.peft_config["default"]
         if own.rank_pattern:
             fields = {name: getattr(own, name) for name in _LAYOUT}
-            write_json(layout, fields | {"target_modules": sorted(own.target_modules)})
+            write_json(layout, fields | {"target_modules": _in_order(own.target_modules)})
     return _Merge(model, network, planned, folder, cache)
 
 
@@ -203,7 +203,7 @@ class _Merge(TrainerCallback):
                 (hidden / "README.md").unlink(missing_ok=True)
                 config = read_json(hidden / ADAPTER_CONFIG)
                 config["base_model_name_or_path"] = self._planned.lineage.inputs[0].name
-                config["target_modules"] = sorted(config["target_modules"])
+                config["target_modules"] = _in_order(config["target_modules"])
                 write_json(hidden / ADAPTER_CONFIG, config)
                 report = self._folder.with_name(FILE)
                 if report.exists():
@@ -229,6 +229,11 @@ def _config(peft: Any, network: Any, options: LoRAOptions) -> Any:
         eva_config=peft.EvaConfig() if start == "eva" else None,
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in network.modules()),
     )
+
+
+def _in_order(target: Any) -> Any:
+    """Names of modules as they are stored: a set has no order of its own, a pattern stays."""
+    return target if isinstance(target, str) else sorted(target)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from weightsmith.errors import InputError
 from weightsmith.training import initialize_lora_hrp_weights
 
 
@@ -53,11 +54,20 @@ def directions(rows, branch=False, shard=False, **more):
     return {**found, "losses": torch.tensor(report.losses, dtype=torch.float64)}
 
 
+def refusal(**more):
+    """What is said of a sharded model."""
+    try:
+        directions(slice(None), shard=True, **more)
+    except InputError as refused:
+        return str(refused)
+
+
 def measure(alone, rank, world, folder):
     return {
         "alone": alone,
         "parts": directions(slice(4 * rank, 4 * rank + 4)),
         "sharded": directions(slice(4 * rank, 4 * rank + 4), shard=True),
+        "shared ranks": refusal(rank_energy=2.0),
         "same": directions(slice(None), gather=False),
         # A branch that one process takes and the other doesn't: both must exchange the same numbers.
         "branches": directions(slice(None), branch=rank == 1),

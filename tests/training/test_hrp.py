@@ -337,6 +337,15 @@ def test_rows_have_the_length_that_is_asked_for(scale, length):
     )
 
 
+def test_with_both_factors_assigned_rows_have_that_length_and_the_product_is_the_same():
+    unit, long = matrix_model(), matrix_model()
+    for model, scale in ((unit, "orthonormal"), (long, 4.0)):
+        initialize(model, assign="both", a_scale=scale, preheat_steps=3)
+    (rows, columns), (long_rows, long_columns) = factors(unit), factors(long)
+    torch.testing.assert_close(long_rows, 4 * rows)
+    torch.testing.assert_close(long_columns @ long_rows, columns @ rows)
+
+
 # Kinds of layers
 
 
@@ -496,6 +505,49 @@ def test_gradient_checkpointing_goes_on_without_dropout(gpt2):
     assert not model.training
 
 
+def small_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, attention_dropout=0.5))
+
+
+def small_opt():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2}
+    positions = {"max_position_embeddings": 32, "word_embed_proj_dim": 16}
+    return OPTForCausalLM(OPTConfig(**sizes, **positions, num_attention_heads=4, dropout=0.5))
+
+
+@pytest.mark.parametrize("make", [small_llama, small_opt], ids=["in the attention", "in the layer"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_dropout_by_function_is_off_where_checkpointing_is_on(make, reentrant):
+    torch.manual_seed(0)
+    base = make()
+    base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    base.enable_input_require_grads()
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["v_proj"])).train()
+    ids, runs = torch.arange(24).reshape(2, 12), []
+    inner = [module for name, module in model.named_modules() if name.endswith("self_attn")]
+    for module in inner:
+        module.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+
+    def losses(model, count):
+        return [model(input_ids=ids, labels=ids, use_cache=False).loss for _ in range(count)]
+
+    def step(model, number):
+        first, second = losses(model, 2)
+        assert torch.equal(first, second)
+        runs.clear()
+        return losses(model, 1)[0]
+
+    initialize_lora_hrp_weights(model, train_step=step, preheat_steps=2, show_progress_bar=False)
+    assert len(runs) == 2 * len(inner)  # of the last step: once forward, and again in its backward pass
+    first, second = losses(model, 2)
+    assert not torch.equal(first, second)  # training has its dropout again
+
+
 def test_ranks_shared_out_by_energy_keep_their_sum_and_the_adapters_scale():
     model = text_model(use_rslora=True, lora_alpha=5, rank_pattern={"head": 4})
     scales = {n: m.scaling["default"] for n, m in model.named_modules() if hasattr(m, "scaling")}
@@ -513,6 +565,23 @@ def test_ranks_shared_out_by_energy_keep_their_sum_and_the_adapters_scale():
         assert all(p.requires_grad for key, p in layer.named_parameters() if "lora_" in key)
     assert list(model.peft_config) == ["default"]
     assert torch.equal(model(batches()[0]["ids"]), before)
+
+
+def test_ranks_shared_out_leave_whatever_else_an_adapter_has():
+    model = text_model(modules_to_save=["norm"], target_modules=[*ALL, "grouped"])
+    norm = model.base_model.model.norm.modules_to_save["default"]
+    norm.weight.data.fill_(3.0)
+    norm.running_mean.fill_(0.5)
+    grouped = model.base_model.model.grouped.lora_A["default"].weight.detach().clone()
+    report = initialize_lora_hrp_weights(
+        model, batches(), rank_energy=2.0, preheat_steps=5, preheat_lr=0.01, show_progress_bar=False
+    )
+    assert {layer.rank for layer in report.layers.values()} != {2}
+    norm = model.base_model.model.norm.modules_to_save["default"]
+    assert norm.weight.eq(3.0).all()
+    assert norm.weight.requires_grad
+    assert norm.running_mean.eq(0.5).all()
+    assert torch.equal(model.base_model.model.grouped.lora_A["default"].weight, grouped)
 
 
 # The same again
@@ -556,7 +625,8 @@ def test_a_kept_file_stands_for_a_preheat_and_for_no_other(tmp_path):
     file, counted = tmp_path / "kept.safetensors", []
 
     def go(**more):
-        model = matrix_model(rank=more.pop("rank", 2))
+        rank = more.pop("rank", 2)
+        model = more.pop("model", None) or matrix_model(rank=rank, lora_alpha=more.pop("alpha", rank))
         report = initialize_lora_hrp_weights(
             model,
             train_step=lambda model, step: counted.append(step) or model(),
@@ -574,8 +644,12 @@ def test_a_kept_file_stands_for_a_preheat_and_for_no_other(tmp_path):
     assert json.dumps(told.to_json()) == json.dumps(report.to_json())
     with pytest.raises(InputError, match=r"kept\.safetensors: found with seed 0, now 1; remove it"):
         go(seed=1)
-    with pytest.raises(InputError, match=r"found with layer layer r=2 R=10, now r=1 R=10"):
+    with pytest.raises(InputError, match=r"with layer layer r=2 R=10 scale=1\.0, now r=1 R=10 scale=1\.0;"):
         go(rank=1)
+    with pytest.raises(InputError, match=r"with layer layer r=2 R=10 scale=1\.0, now r=2 R=10 scale=3\.0;"):
+        go(alpha=6)
+    with pytest.raises(InputError, match=r"found with base [0-9a-f]{16}, now [0-9a-f]{16}; remove it"):
+        go(model=adapted(nn.ModuleDict({"layer": nn.Linear(COLUMNS, ROWS), "more": nn.Linear(2, 2)})))
     file.write_bytes(b"no such file")
     with pytest.raises(InputError, match=r"can't be read as safetensors"):
         go()
@@ -649,10 +723,18 @@ def test_a_start_that_changed_the_weights_is_refused(start):
 def test_a_trained_adapter_is_not_thrown_away_unless_told():
     model = matrix_model()
     model.base_model.model.layer.lora_B["default"].weight.data.fill_(1.0)
-    with pytest.raises(InputError, match=r"layer: the adapter is trained.*overwrite=True"):
+    with pytest.raises(
+        InputError, match=r"layer: B of adapter `default` is not 0: it is trained.*overwrite="
+    ):
         initialize(model)
     initialize(model, overwrite=True, preheat_steps=2)
     assert not factors(model)[1].any()
+
+
+def test_a_start_whose_b_is_not_0_is_named():
+    model = adapted(Matrix(target(dtype=torch.float32)), init_lora_weights="orthogonal")
+    with pytest.raises(InputError, match=r"or begun so \(init_lora_weights='orthogonal'\)"):
+        initialize(model)
 
 
 def test_merged_adapters_are_refused():
@@ -665,6 +747,9 @@ def test_merged_adapters_are_refused():
 def test_a_rank_that_cant_lead_anywhere_names_both_and_the_layer():
     with pytest.raises(InputError, match=r"layer has r=2, found 2 \(force=True"):
         initialize(matrix_model(), preheat_rank=2)
+    with pytest.raises(InputError, match=r"layer has r=128, the default is 128 \(force=True"):
+        initialize(matrix_model(rank=128))
+    initialize(matrix_model(rank=128), force=True, preheat_steps=1)
     with pytest.raises(InputError, match=r"preheat_rank: 'nowhere' matches no layer; names are like layer"):
         initialize(matrix_model(), preheat_rank={"nowhere": 8})
 
@@ -681,6 +766,16 @@ def test_a_rank_that_cant_lead_anywhere_names_both_and_the_layer():
         ({"a_scale": -1.0}, "a_scale must be a number above 0"),
         ({"rank_energy": 0.5}, "rank_energy must be at least 1"),
         ({"preheat_optimizer": "sdg"}, "did you mean `sgd`"),
+        ({"preheat_lr": "1e-3"}, "preheat_lr must be above 0 and finite, got '1e-3'"),
+        ({"rank_energy": "2"}, "rank_energy must be at least 1 and finite, got '2'"),
+        ({"preheat_rank": {3: 8}}, "preheat_rank must be a mapping of patterns of names, got 3"),
+        ({"force": "no"}, "force must be true or false, got 'no'"),
+        ({"seed": 0.5}, "seed must be a whole number, got 0.5"),
+        (
+            {"preheat_optimizer": torch.optim.SGD, "preheat_lr": 0.1},
+            "preheat_lr has no effect on a preheat_op",
+        ),
+        ({"options": {"preheat_steps": 3}}, "options must be HRPOptions, got dict; single fields may be"),
         ({"preheat_step": 3}, "no option `preheat_step`; did you mean `preheat_steps`"),
     ],
     ids=lambda value: str(value)[:30],
@@ -701,8 +796,8 @@ def test_the_three_ways_to_find_directions_exclude_each_other():
 
 def test_data_that_ends_is_read_again_with_a_warning_if_it_can_be(caplog):
     initialize_lora_hrp_weights(text_model(), batches(2), preheat_steps=7, show_progress_bar=False)
-    assert caplog.text.count("the data ended after 2 of 7 preheat steps") == 1
-    with pytest.raises(InputError, match="ended after 2 batches of 7 preheat steps and can't be read again"):
+    assert caplog.text.count("the data ended after 2 of the preheat's 7 batches") == 1
+    with pytest.raises(InputError, match="ended after 2 of the preheat's 7 batches and can't be read again"):
         initialize_lora_hrp_weights(text_model(), iter(batches(2)), preheat_steps=7, show_progress_bar=False)
     with pytest.raises(InputError, match="dataloader is empty"):
         initialize_lora_hrp_weights(text_model(), [], preheat_steps=7, show_progress_bar=False)
@@ -716,6 +811,47 @@ def test_a_model_that_tells_no_loss_is_told_what_is_missing():
         initialize_lora_hrp_weights(model, clean, show_progress_bar=False)
 
 
+def test_batches_without_names_need_a_function_that_takes_them():
+    pairs = [(batch["ids"], batch["labels"]) for batch in batches()]
+    with pytest.raises(InputError, match=r"dataloader: a batch is a tuple, expected a mapping .* forward_fn"):
+        initialize_lora_hrp_weights(text_model(), pairs, show_progress_bar=False)
+    initialize_lora_hrp_weights(
+        text_model(),
+        pairs,
+        forward_fn=lambda model, batch: model(*batch),
+        preheat_steps=1,
+        show_progress_bar=False,
+    )
+
+
+def backward_itself(model, step):
+    model().backward()
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (lambda: None, r"train_step takes \(\), expected \(model, step\)"),
+        (lambda model: model(), r"train_step takes \(model\), expected \(model, step\)"),
+        (
+            backward_itself,
+            "train_step gave None, expected the loss as a tensor; HRP itself runs its backward",
+        ),
+        (lambda model, step: model().item(), "train_step gave float, expected the loss as a tensor"),
+        (lambda model, step: model().expand(4), r"gave a loss of shape \(4,\), expected one number"),
+        (lambda model, step: model().detach(), "gave a loss without a gradient, expected one that depends"),
+    ],
+    ids=["of nothing", "of the model", "backward itself", "float", "vector", "detached"],
+)
+def test_a_step_that_gives_no_loss_to_go_down_is_refused_and_the_model_as_it_was(step, message):
+    model = matrix_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(InputError, match=message):
+        initialize_lora_hrp_weights(model, train_step=step, show_progress_bar=False)
+    assert list(model.peft_config) == ["default"]
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
 def test_a_loss_that_is_no_number_stops_and_leaves_the_model_as_it_was():
     model = matrix_model()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -724,7 +860,9 @@ def test_a_loss_that_is_no_number_stops_and_leaves_the_model_as_it_was():
     def step(model, number):
         return model() * (float("nan") if number == 2 else 1.0)
 
-    with pytest.raises(InputError, match=r"the loss is nan in step 3 of 5; lower preheat_lr \(now 0\.25\)"):
+    with pytest.raises(
+        InputError, match=r"the loss is nan in step 3 of 5; lower its learning rate \(now 0\.25\)"
+    ):
         initialize_lora_hrp_weights(
             model, train_step=step, preheat_steps=5, preheat_lr=0.25, show_progress_bar=False
         )
@@ -752,7 +890,7 @@ def test_factors_that_overflow_in_one_layer_cost_that_layers_direction_and_in_mo
     assert "head keeps a random direction: not finite" in caplog.text
     rows, _ = factors(model, "head")
     torch.testing.assert_close(rows @ rows.mT, torch.eye(2), rtol=0, atol=1e-5)
-    with pytest.raises(InputError, match="2 of 3 layers have NaN or infinite factors; lower preheat_lr"):
+    with pytest.raises(InputError, match="2 of 3 layers have NaN or infinite factors; lower the preheat's"):
         initialize_lora_hrp_weights(
             model,
             batches(),
@@ -775,6 +913,42 @@ def test_directions_of_another_model_are_refused_with_names_and_shapes():
         initialize_lora_hrp_weights(text_model(), hrp_state_dict=found)
     with pytest.raises(InputError, match=r"layer is \(2, 14\), the adapter needs \(3, 14\)"):
         initialize_lora_hrp_weights(matrix_model(rank=3), hrp_state_dict=found)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(14), r"layer is \(14,\), the adapter needs \(2, 14\)"),
+        (torch.ones(3, 2, 14), r"layer is \(3, 2, 14\), the adapter needs \(2, 14\)"),
+        (torch.ones(0, 14), r"layer is \(0, 14\), the adapter needs"),
+        ([[1.0] * 14] * 2, r"layer is list, the adapter needs \(2, 14\)"),
+        (torch.full((2, 14), float("nan")), "layer has NaN or infinite values"),
+    ],
+    ids=["vector", "stack", "no rank", "list", "NaN"],
+)
+@pytest.mark.parametrize("more", [{}, {"rank_energy": 2.0}], ids=["same ranks", "shared ranks"])
+def test_directions_that_cant_be_an_adapters_are_refused_before_anything_is_replaced(value, message, more):
+    model = matrix_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(InputError, match=f"hrp_state_dict: {message}"):
+        initialize_lora_hrp_weights(model, hrp_state_dict={"layer": value}, **more)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_directions_of_experts_are_as_many_as_the_experts():
+    model = peft.get_peft_model(
+        Mixture(), peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.up"])
+    )
+    found = get_hrp_state_dict(
+        model,
+        train_step=lambda model, step: model(torch.ones(4, 5)),
+        preheat_steps=1,
+        show_progress_bar=False,
+    )
+    ((name, value),) = found.items()
+    with pytest.raises(InputError, match=r"is \(2, 5\), the adapter needs \(3, 2, 5\)"):
+        initialize_lora_hrp_weights(model, hrp_state_dict={name: value[0]})
+    initialize_lora_hrp_weights(model, hrp_state_dict=found)
 
 
 def test_layers_of_other_kinds_are_named_once_and_alone_are_no_model(caplog):

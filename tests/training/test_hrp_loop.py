@@ -122,7 +122,15 @@ def interrupted_after(monkeypatch, step):
 
 
 @pytest.mark.parametrize(
-    "adapter", [HRP, LoRAOptions(rank=2, init="pissa", dropout=0.2)], ids=["hrp", "pissa"]
+    "adapter",
+    [
+        HRP,
+        dataclasses.replace(HRP, rank_energy=2.0),
+        LoRAOptions(rank=2, init="pissa", dropout=0.2),
+        LoRAOptions(rank=2, init="eva", rslora=True, alpha=3, init_batches=3),
+        LoRAOptions(rank=2, init="gaussian"),
+    ],
+    ids=["hrp", "hrp with shared ranks", "pissa", "eva, which shares ranks", "gaussian"],
 )
 @pytest.mark.parametrize("step", [2, 5])  # before and after the first durable checkpoint
 def test_a_stopped_run_ends_with_the_bytes_of_an_undisturbed_one(
@@ -136,8 +144,11 @@ def test_a_stopped_run_ends_with_the_bytes_of_an_undisturbed_one(
     resumed = go(config, base, tmp_path / "other")
     left = resumed.steps - resumed.resumed_from
     assert resumed.resumed_from == (0 if step == 2 else 3)
-    assert len(read) == left  # the preheat is not done again
-    names = ["model"] + (["work/adapter", "work/hrp.json"] if adapter is HRP else [])
+    if adapter.init != "eva" or resumed.resumed_from:
+        assert len(read) == left  # the preheat is not done again
+    names = ["model"] + (["work/adapter"] if adapter.keeps_base else [])
+    if isinstance(adapter, HRPAdapterOptions):
+        names.append("work/hrp.json")
     for name in names:
         one, other = tmp_path / "whole" / name, tmp_path / "other" / name
         files = sorted(p.relative_to(one) for p in one.rglob("*") if p.is_file()) if one.is_dir() else [""]
@@ -145,6 +156,22 @@ def test_a_stopped_run_ends_with_the_bytes_of_an_undisturbed_one(
         for file in files:
             assert (one / file).read_bytes() == (other / file).read_bytes(), file
     assert not list((tmp_path / "other" / "work").glob("hrp-*"))
+
+
+def test_a_run_that_was_stopped_while_it_wrote_its_result_still_knows_its_ranks(base, tmp_path, monkeypatch):
+    adapter = dataclasses.replace(HRP, rank_energy=2.0)
+    config = FinetuneConfig(data="docs", adapter=adapter, save_every=3, **SMALL)
+    go(config, base, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+
+        def stop(*_, **__):
+            raise KeyboardInterrupt
+
+        patch.setattr("weightsmith.training.weights.write_model", stop)
+        with pytest.raises(KeyboardInterrupt):
+            go(config, base, tmp_path / "other")
+    assert go(config, base, tmp_path / "other").resumed_from == 6
+    assert weights(tmp_path / "other" / "model") == weights(tmp_path / "whole" / "model")
 
 
 def test_the_preheat_reads_other_text_and_is_part_of_the_steps(base, tmp_path, read):
@@ -263,6 +290,18 @@ def test_what_an_adapter_cant_stand_beside_is_told(base, more, message):
         plan(FinetuneConfig(**{"data": "docs", "adapter": HRP, **SMALL, **more}), base, seed=0)
 
 
+@pytest.mark.parametrize("energy", [None, 2.0])
+def test_a_pattern_of_modules_is_stored_as_one_and_goes_on(base, tmp_path, monkeypatch, energy):
+    adapter = dataclasses.replace(HRP, target=r".*\.[qv]_proj", rank_energy=energy)
+    config = FinetuneConfig(data="docs", adapter=adapter, save_every=3, **SMALL)
+    with interrupted_after(monkeypatch, 4):
+        go(config, base, tmp_path)
+    assert go(config, base, tmp_path).resumed_from == 3
+    stored = json.loads((tmp_path / "work" / "adapter" / "adapter_config.json").read_text())
+    assert stored["target_modules"] == r".*\.[qv]_proj"
+    assert bool(stored["rank_pattern"]) == (energy is not None)
+
+
 def test_modules_that_arent_there_are_told(base, tmp_path):
     adapter = LoRAOptions(rank=2, target=("c_attn",))
     with pytest.raises(InputError, match=r"adapter: Target modules .*c_attn"):
@@ -277,6 +316,11 @@ def test_modules_that_arent_there_are_told(base, tmp_path):
         ({"init": "orthogonal", "rank": 3}, "init: orthogonal needs an even rank, got 3"),
         ({"dropout": 1.0}, "dropout must be in 0..1"),
         ({"alpha": -1.0}, "alpha must be above 0"),
+        ({"alpha": "8"}, "alpha must be above 0 and finite, got '8'"),
+        ({"dropout": None}, "dropout must be in 0..1, below 1, got None"),
+        ({"target": (3,)}, "target must be `all-linear` or names of modules"),
+        ({"init": None}, "init must be one of .* got None"),
+        ({"rslora": "yes"}, "rslora must be true or false"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -290,3 +334,6 @@ def test_hrp_takes_no_other_start_and_no_smaller_rank():
         HRPAdapterOptions(init="olora")
     with pytest.raises(InputError, match="preheat_rank must be above rank, which is 16, got 8"):
         HRPAdapterOptions(preheat_rank=8)
+    with pytest.raises(InputError, match="preheat_rank must be above rank, which is 128, the default is 128"):
+        HRPAdapterOptions(rank=128)
+    HRPAdapterOptions(rank=128, preheat_rank=256)

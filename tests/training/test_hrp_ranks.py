@@ -37,3 +37,8 @@ def test_a_branch_that_one_process_takes_counts_for_all(ranks):
         ranks[0]["alone"]["base_model.model.unused.lora_A.default.weight"],
         atol=1e-3,
     )
+
+
+def test_ranks_of_a_sharded_adapter_are_not_shared_out_anew(ranks):
+    for results in ranks:
+        assert results["shared ranks"].startswith("rank_energy: body is sharded")

@@ -1,6 +1,7 @@
 """HRP in the Hugging Face Trainer: before the optimiser, from the Trainer's own batches, once."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -37,8 +38,8 @@ def examples(count=40):
 
 @pytest.fixture
 def trainer(tmp_path):
-    def make(hrp=None, folder="out", **more):
-        model = peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["body", "head"]))
+    def make(hrp=None, folder="out", data=None, rank=2, **more):
+        model = peft.get_peft_model(Net(), peft.LoraConfig(r=rank, target_modules=["body", "head"]))
         arguments = transformers.TrainingArguments(
             **{
                 "output_dir": str(tmp_path / folder),
@@ -55,7 +56,8 @@ def trainer(tmp_path):
                 **more,
             }
         )
-        return HRPTrainer(model, arguments, train_dataset=examples(), hrp=hrp or HRPOptions(preheat_steps=2))
+        data = examples() if data is None else data
+        return HRPTrainer(model, arguments, train_dataset=data, hrp=hrp or HRPOptions(preheat_steps=2))
 
     return make
 
@@ -90,6 +92,24 @@ def test_training_reads_what_it_would_have_read_and_the_preheat_reads_in_another
     assert seen(run)[:2] != seen(plain)[:2]
 
 
+def test_the_preheat_has_the_rate_of_the_training_and_an_optimiser_of_your_own_has_its_own(trainer):
+    made = []
+
+    def optimizer(parameters):
+        made.append(torch.optim.SGD(parameters, lr=0.5))
+        return made[-1]
+
+    ways = [{"preheat_optimizer": "sgd"}, {"preheat_optimizer": "sgd", "preheat_lr": 0.01}]
+    ways.append({"preheat_optimizer": optimizer})
+    losses = []
+    for way in ways:
+        run = trainer(HRPOptions(preheat_steps=2, **way))
+        run.train()
+        losses.append(run.hrp_report.losses)
+    assert losses[0] == losses[1] != losses[2]
+    assert [group["lr"] for group in made[0].param_groups] == [0.5]
+
+
 def test_adapter_and_optimiser_belong_to_the_small_adapter_alone(trainer):
     run = trainer()
     run.train()
@@ -108,12 +128,23 @@ def test_micro_batches_add_up_to_the_batch(trainer):
     assert parts.hrp_report.losses == pytest.approx(whole.hrp_report.losses, rel=1e-5)
 
 
-def test_a_resumed_run_keeps_its_direction_and_ends_as_an_undisturbed_one(trainer, tmp_path):
-    undisturbed = trainer()
+SHARED = HRPOptions(preheat_steps=2, rank_energy=2.0)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "the last one"])
+@pytest.mark.parametrize(
+    ("hrp", "ranks"), [(None, [3, 3]), (SHARED, [4, 2])], ids=["ranks as given", "ranks shared out"]
+)
+def test_a_resumed_run_keeps_its_direction_and_ends_as_an_undisturbed_one(
+    trainer, tmp_path, hrp, ranks, named
+):
+    undisturbed = trainer(hrp, rank=3)
     undisturbed.train()
-    again = trainer()
-    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    again = trainer(hrp, rank=3)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3") if named else True)
     assert len(seen(again)) == 3
+    assert [layer.rank for layer in again.hrp_report.layers.values()] == ranks
     wanted = dict(undisturbed.model.named_parameters())
     for name, parameter in again.model.named_parameters():
         assert torch.equal(parameter, wanted[name]), name
@@ -130,12 +161,81 @@ def test_the_preheat_has_the_arithmetic_of_the_training(trainer):
 
 def test_epochs_decide_the_length_where_no_steps_do(trainer):
     run = trainer(HRPOptions(), max_steps=-1, num_train_epochs=2)
-    assert run.train().global_step == 20
-    assert run.hrp_report.steps == 4  # a fifth of twenty
+    assert run.train().global_step == 20 - 4  # a fifth of twenty is the preheat's
+    assert run.hrp_report.steps == 4
+    assert run.args.max_steps == -1
+    assert len(seen(run)) == 20
+    beyond = trainer(HRPOptions(count_preheat=False), max_steps=-1, num_train_epochs=2)
+    assert beyond.train().global_step == 20
+
+
+def test_an_epoch_that_ends_within_a_step_is_counted_as_the_trainer_counts_it(trainer):
+    run = trainer(max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=4)
+    assert run.train().global_step == 2 * 3 - 2  # ten batches are three steps
+
+
+def test_train_called_again_goes_on_with_the_adapter_that_is_there(trainer):
+    run = trainer()
+    run.train()
+    report, before = run.hrp_report, len(seen(run))
+    assert run.train().global_step == 8  # no preheat, nothing to count
+    assert len(seen(run)) - before == 8
+    assert run.hrp_report is report
+    assert "hrp/steps" not in run.state.log_history[0]
+
+
+def test_data_of_less_than_a_batch_is_told(trainer):
+    with pytest.raises(InputError, match="dataloader is empty"):
+        trainer(data=examples(3), dataloader_drop_last=True).train()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Samples in one order, as often as they are asked for."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        return iter(self.samples)
+
+
+class Once(Stream):
+    def __init__(self, samples):
+        super().__init__(samples)
+        self.left = iter(samples)
+
+    def __iter__(self):
+        return self.left
+
+
+def test_a_stream_is_read_from_its_head_by_the_preheat_and_by_training(trainer):
+    run = trainer(data=Stream(examples()))
+    run.train()
+    plain = trainer(HRPOptions(preheat_steps=1, count_preheat=False), "plain", data=Stream(examples()))
+    plain.train()
+    assert seen(run)[2:] == seen(plain)[1:7]
+    assert seen(run)[:2] == seen(run)[2:4]
+
+
+def test_a_stream_that_has_nothing_or_nothing_twice_is_told(trainer):
+    with pytest.raises(InputError, match="train_dataset is empty: the preheat has nothing to learn from"):
+        trainer(data=Stream([])).train()
+    with pytest.raises(
+        InputError, match="train_dataset can be read only once, and the preheat reads its head"
+    ):
+        trainer(data=Once(examples())).train()
+
+
+def test_a_checkpoint_of_another_adapter_is_told(trainer, tmp_path):
+    trainer().train()
+    file = tmp_path / "out" / "checkpoint-3" / "hrp.json"
+    file.write_text(file.read_text().replace('"body"', '"other"'))
+    with pytest.raises(InputError, match=r"hrp\.json is of another adapter: body is in one of the two alone"):
+        trainer().train(resume_from_checkpoint=str(file.parent))
 
 
 def test_what_leaves_no_training_is_told(trainer):
-    with pytest.raises(InputError, match="preheat_steps: 8 of max_steps=8 leave no training"):
+    with pytest.raises(InputError, match="preheat_steps: 8 of the run's 8 steps leave no training"):
         trainer(HRPOptions(preheat_steps=8)).train()
     run = trainer()
     run.model_init = Net

@@ -34,6 +34,11 @@ from weightsmith.training.planning import TrainPlan
 ADAPTER = "adapter"
 """Folder beside the metrics: the adapter that was merged."""
 _KEPT = "hrp-"
+_RANKS = "ranks.json"
+_LAYOUT = ("target_modules", "rank_pattern", "alpha_pattern")
+"""Fields of PEFT's configuration that a start may change, kept in that file: ranks shared out anew, layers
+left without an adapter. It outlives the training: a run killed while it writes its result needs it.
+"""
 Masking = Callable[[dict[str, Any], int], dict[str, Any]]
 
 
@@ -51,7 +56,7 @@ def attach(
     Args:
         planned: The run.
         network: The model; it has LoRA layers afterwards.
-        workdir: Where directions are kept until the run is done.
+        workdir: Where directions are kept until the run is done, and ranks beyond.
         metrics: The run's metrics.
         masking: What masks a batch by its number, where the objective does.
         progress: Told about the steps of a preheat.
@@ -67,17 +72,24 @@ def attach(
     options = planned.config.adapter
     assert isinstance(options, LoRAOptions)
     goes_on = any(workdir.glob("checkpoint-*"))
-    with _own_random(derive(planned.seed, "adapter")), _told():
-        model = peft.get_peft_model(network, _config(peft, network, options, goes_on=goes_on))
     folder = metrics.with_name(ADAPTER)
     cache = workdir / f"{_KEPT}{planned.fingerprint}.safetensors"
+    layout = workdir / _RANKS
+    config = begun = _config(peft, network, options)
+    if goes_on:  # its weights, the adapter's among them, are loaded over any start
+        kept = read_json(layout) if layout.exists() else {}
+        begun = dataclasses.replace(config, init_lora_weights=True, eva_config=None, **kept)
+    with _own_random(derive(planned.seed, "adapter")), _told():
+        model = peft.get_peft_model(network, begun)
+    own = model.peft_config["default"]  # tells, where it is stored, how the adapter began
+    own.init_lora_weights, own.eva_config = config.init_lora_weights, config.eva_config
     if not goes_on:
         _forget(workdir, folder, cache)
+        layout.unlink(missing_ok=True)
         batches = _Batches(planned, workdir, masking, network.device)
         if isinstance(options, HRPAdapterOptions):
             found = dataclasses.replace(
-                options.hrp,
-                preheat_lr=options.preheat_lr or planned.config.learning_rate,
+                options.hrp.at_rate(planned.config.learning_rate),
                 seed=derive(planned.seed, "hrp"),
             )
             report = initialize_lora_hrp_weights(
@@ -88,6 +100,10 @@ def attach(
             with _own_random(derive(planned.seed, "eva")):
                 first = batches.first(options.init_batches)
                 peft.initialize_lora_eva_weights(model, first, show_progress_bar=False)
+        own = model.peft_config["default"]
+        if own.rank_pattern:
+            fields = {name: getattr(own, name) for name in _LAYOUT}
+            write_json(layout, fields | {"target_modules": _in_order(own.target_modules)})
     return _Merge(model, network, planned, folder, cache)
 
 
@@ -187,7 +203,7 @@ class _Merge(TrainerCallback):
                 (hidden / "README.md").unlink(missing_ok=True)
                 config = read_json(hidden / ADAPTER_CONFIG)
                 config["base_model_name_or_path"] = self._planned.lineage.inputs[0].name
-                config["target_modules"] = sorted(config["target_modules"])
+                config["target_modules"] = _in_order(config["target_modules"])
                 write_json(hidden / ADAPTER_CONFIG, config)
                 report = self._folder.with_name(FILE)
                 if report.exists():
@@ -199,8 +215,8 @@ class _Merge(TrainerCallback):
                 shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _config(peft: Any, network: Any, options: LoRAOptions, *, goes_on: bool) -> Any:
-    """PEFT's configuration. A run that goes on loads its adapter, and its weights, over any start."""
+def _config(peft: Any, network: Any, options: LoRAOptions) -> Any:
+    """PEFT's configuration."""
     start: Any = {"kaiming": True}.get(options.init, options.init)
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -209,10 +225,15 @@ def _config(peft: Any, network: Any, options: LoRAOptions, *, goes_on: bool) -> 
         lora_dropout=options.dropout,
         target_modules=options.target if isinstance(options.target, str) else list(options.target),
         use_rslora=options.rslora,
-        init_lora_weights=True if goes_on else start,
-        eva_config=peft.EvaConfig() if start == "eva" and not goes_on else None,
+        init_lora_weights=start,
+        eva_config=peft.EvaConfig() if start == "eva" else None,
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in network.modules()),
     )
+
+
+def _in_order(target: Any) -> Any:
+    """Names of modules as they are stored: a set has no order of its own, a pattern stays."""
+    return target if isinstance(target, str) else sorted(target)
 
 
 @contextlib.contextmanager

@@ -15,9 +15,11 @@ Cost     `preheat_steps` steps with an adapter of rank R, 16 bytes (M + N) R a l
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +32,15 @@ from weightsmith.runs.progress import SILENT, Progress
 from weightsmith.runs.seeds import derive
 from weightsmith.training.hrp import preheat
 from weightsmith.training.hrp.factors import defect, filled, principal, shared_ranks
-from weightsmith.training.hrp.layers import Layer, find_layers
+from weightsmith.training.hrp.layers import PREFIX, Layer, find_layers
 from weightsmith.training.hrp.options import HRPOptions
 from weightsmith.training.hrp.report import HRPReport, LayerReport, read_cache, write_cache
+from weightsmith.training.hrp.state import LEFT, check_state, names_of, ranks_of, stacked
+from weightsmith.training.hrp.steps import TrainStep, model_loss, step_of
 
 log = logging.getLogger(__name__)
 
-LEFT = ":B"
-"""What a name of a state dict ends with where its tensor belongs to B; without it the tensor is A."""
 _OWN_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "loftq", "mica")
-TrainStep = Callable[[nn.Module, int], Tensor]
-
-
-def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss that a model tells of a batch, moved to its device: `model(**batch).loss`."""
-    device = next(model.parameters()).device
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    found = model(**moved)
-    loss = found if isinstance(found, Tensor) else getattr(found, "loss", None)
-    if loss is None:
-        raise InputError(
-            f"{type(model).__name__} tells no loss of a batch with {', '.join(batch)}: expected labels, or a "
-            "forward_fn that gives the loss"
-        )
-    return loss
 
 
 def initialize_lora_hrp_weights(
@@ -81,12 +68,15 @@ def initialize_lora_hrp_weights(
     Args:
         model: A `PeftModel` with LoRA, or a model with one put in by transformers' own `add_adapter`.
         dataloader: Batches of the fine-tuning data; read again from the start where they are too few.
-        train_step: Takes the model and the number of the step, and returns the loss to go down.
+        train_step: Takes the model and the number of the step, and returns the loss to go down, one number;
+            HRP runs its backward pass.
         hrp_state_dict: Directions of an earlier call (`get_hrp_state_dict`); nothing is trained.
         options: Settings; fields of `HRPOptions` may be given as keywords instead.
         forward_fn: Loss of the model on one batch of `dataloader`.
         adapter_name: The adapter to initialise.
-        cache_file: Safetensors file that keeps the directions: read if it is there, else written.
+        cache_file: Safetensors file that keeps the directions: read if it is there, else written. One found
+            with other options, another adapter or a base of other shapes is refused; data and values of the
+            weights it can't tell.
         overwrite: Initialise an adapter that has been trained already, which forgets what it learnt.
         gather: Average gradients over processes; false where every process reads the same batches.
         show_progress_bar: Show the steps of the preheat.
@@ -97,8 +87,8 @@ def initialize_lora_hrp_weights(
 
     Raises:
         InputError: no LoRA model, an adapter that is trained or stands on changed weights, no data or two
-            kinds of it, a loss that is no number, a state dict or cache of something else. The model is as it
-            was.
+            kinds of it, a loss that is no number or has no gradient, a state dict or cache of something else
+            or with values that are no numbers. The model is as it was.
         MissingExtraError: peft is not installed.
     """
     made = _Call(model, options, adapter_name, overwrite, keywords)
@@ -115,7 +105,7 @@ def initialize_lora_hrp_weights(
     if cached is not None:
         made.load(cached[0])
         return cached[1]
-    step = _step_of(model, dataloader, train_step, forward_fn, steps)
+    step = step_of(model, dataloader, train_step, forward_fn, steps)
     state, report = made.found(step, steps, gather, _bar(progress, show_progress_bar), apply=True)
     if cache_file is not None and _rank() == 0:
         write_cache(cache_file, identity, state, report)
@@ -146,8 +136,30 @@ def get_hrp_state_dict(
     """
     made = _Call(model, options, adapter_name, True, keywords)
     steps = made.options.steps_of(None)
-    step = _step_of(model, dataloader, train_step, forward_fn, steps)
+    step = step_of(model, dataloader, train_step, forward_fn, steps)
     return made.found(step, steps, gather, _bar(progress, show_progress_bar), apply=False)[0]
+
+
+def take_ranks(
+    model: nn.Module, ranks: Mapping[str, int], origin: object, *, adapter_name: str = "default"
+) -> None:
+    """Give an adapter the ranks that an earlier initialisation gave it, before its weights are loaded.
+
+    Args:
+        model: As of `initialize_lora_hrp_weights`.
+        ranks: Of every layer, by name.
+        origin: Where they come from; for messages.
+        adapter_name: The adapter.
+
+    Raises:
+        InputError: the layers are not those of the adapter.
+    """
+    made = _Call(model, None, adapter_name, True, {})
+    names = {layer.name for layer in made.layers}
+    if names != ranks.keys():
+        other = sorted(names ^ ranks.keys())[0]
+        raise InputError(f"{origin} is of another adapter: {other} is in one of the two alone")
+    made.take_ranks(ranks)
 
 
 class _Call:
@@ -186,24 +198,48 @@ class _Call:
                 "groups)"
             )
         for layer in self.layers:
+            if self.options.rank_energy is not None and layer.is_sharded(adapter):
+                raise InputError(
+                    f"rank_energy: {layer.name} is sharded, and factors of another rank would not be; "
+                    "initialise before fully_shard"
+                )
             if layer.module.merged:
                 raise InputError(f"{layer.name}: adapters are merged into the weights; unmerge them first")
             if not overwrite and bool(layer.left(adapter).any()):
                 raise InputError(
-                    f"{layer.name}: the adapter is trained, its B is not 0, and HRP would discard a trained "
-                    "adapter; overwrite=True does so"
+                    f"{layer.name}: B of adapter `{adapter}` is not 0: it is trained, or begun so "
+                    f"(init_lora_weights={config.init_lora_weights!r}), and HRP would discard it; give a "
+                    "fresh adapter, or overwrite=True to initialize_lora_hrp_weights"
                 )
         if self.skipped:
             log.warning("HRP: no direction for %s: kinds of layers it doesn't know", ", ".join(self.skipped))
 
     def identity(self, steps: int) -> dict[str, str]:
-        """What decides the directions, but for weights and data."""
+        """What decides the directions: options (functions by their names), the adapter's variant, ranks and
+        scales, names and shapes of the base's parameters. Not their values, nor what the base's config says
+        beside them, the data or the loss.
+        """
         own = {name: getattr(value, "__qualname__", str(value)) for name, value in vars(self.options).items()}
         own["preheat_steps"] = str(steps)
+        own["use_dora"] = str(preheat.peft_configs(self.model)[self.adapter].use_dora)
+        own["base"] = self._base()
         ranks = preheat.preheat_ranks(self.layers, self.adapter, self.options)
         for layer in self.layers:
-            own[f"layer {layer.name}"] = f"r={layer.module.r[self.adapter]} R={ranks[layer.name]}"
+            module = layer.module
+            own[f"layer {layer.name}"] = (
+                f"r={module.r[self.adapter]} R={ranks[layer.name]} scale={module.scaling[self.adapter]}"
+            )
         return own
+
+    def _base(self) -> str:
+        """A digest of names and shapes of the parameters that belong to no adapter."""
+        adapters = set(preheat.peft_configs(self.model))
+        shapes = {
+            name.removeprefix(PREFIX).replace(".base_layer", ""): list(parameter.shape)
+            for name, parameter in self.model.named_parameters()
+            if adapters.isdisjoint(name.split("."))
+        }
+        return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
 
     def found(
         self, step: preheat.Step, steps: int, gather: bool, progress: Progress, *, apply: bool
@@ -222,10 +258,8 @@ class _Call:
                 for tensor in state.values():
                     _share(tensor)
             seconds.append(time.perf_counter())
-            if apply and self.options.rank_energy is not None:
-                new = {n.removesuffix(LEFT): _rank_of(n, value) for n, value in state.items()}
-                self._replace(new)
         if apply:
+            self.take_ranks(ranks_of(state))
             self._write(state)
         report = HRPReport(
             layers=reports,
@@ -241,43 +275,15 @@ class _Call:
         """Write directions that were found before.
 
         Raises:
-            InputError: names or shapes that aren't those of the adapter's layers.
+            InputError: names or shapes that aren't those of the adapter's layers, or values that are no
+                numbers.
         """
-        wanted = {name for layer in self.layers for name in self._names(layer)}
-        missing, unexpected = sorted(wanted - set(state)), sorted(set(state) - wanted)
-        if missing or unexpected:
-            words = [f"{len(missing)} missing ({missing[0]})"] if missing else []
-            words += [f"{len(unexpected)} unexpected ({unexpected[0]})"] if unexpected else []
-            raise InputError(f"hrp_state_dict is of another model or adapter: {', '.join(words)}")
-        ranks = {n.removesuffix(LEFT): _rank_of(n, value) for n, value in state.items()}
-        if self.options.rank_energy is not None:
-            with preheat.large_adapter(
-                self.model,
-                self.adapter,
-                self.layers,
-                dict.fromkeys((layer.name for layer in self.layers), 1),
-                self.options,
-            ):
-                self._replace(ranks)
-        for layer in self.layers:
-            sides = layer.sides
-            for name in self._names(layer):
-                size = sides[0] if name.endswith(LEFT) else sides[1]
-                shape = tuple(state[name].shape)
-                rank = layer.module.r[self.adapter]
-                expected = (size, rank) if name.endswith(LEFT) else (rank, size)
-                if shape[-2:] != expected:
-                    raise InputError(f"hrp_state_dict: {name} is {shape}, the adapter needs {expected}")
+        check_state(state, self.layers, self.adapter, self.options)
+        self.take_ranks(ranks_of(state))
         self._write(state)
 
-    def _names(self, layer: Layer) -> Iterator[str]:
-        if self.options.assign != "B":
-            yield layer.name
-        if self.options.assign != "A":
-            yield layer.name + LEFT
-
-    def _replace(self, ranks: Mapping[str, int]) -> None:
-        """Give the adapter other ranks."""
+    def take_ranks(self, ranks: Mapping[str, int]) -> None:
+        """Give layers of the adapter other ranks."""
         changed = {
             layer.name: ranks[layer.name]
             for layer in self.layers
@@ -312,13 +318,13 @@ class _Call:
                 layer.module.scaling[self.adapter],
                 dtype,
             )
-            for name in self._names(layer):
+            for name in names_of(layer, self.options):
                 state[name] = directions[1 if name.endswith(LEFT) else 0].cpu().contiguous()
         broken = [name for name, report in reports.items() if report.fallback == "not finite"]
         if 2 * len(broken) > len(reports):
             raise InputError(
                 f"preheat: {len(broken)} of {len(reports)} layers have NaN or infinite factors; lower "
-                "preheat_lr. The model is as it was"
+                "the preheat's learning rate. The model is as it was"
             )
         for name, report in reports.items():
             if report.fallback is not None:
@@ -330,9 +336,9 @@ class _Call:
             left, right = layer.left(self.adapter), layer.right(self.adapter)
             new_left, new_right = torch.zeros_like(left), torch.zeros_like(right)
             if self.options.assign != "B":
-                new_right = _stacked(state[layer.name]).mT.to(right)
+                new_right = stacked(state[layer.name]).mT.to(right)
             if self.options.assign != "A":
-                new_left = _stacked(state[layer.name + LEFT]).to(left)
+                new_left = stacked(state[layer.name + LEFT]).to(left)
             layer.write(self.adapter, new_left, new_right)
 
 
@@ -375,7 +381,7 @@ class _Product:
                 size = s[:rank].to(u) * (self.scale / scale)
                 if len(size) < u.shape[1]:
                     size = torch.cat([size, size.new_zeros(u.shape[1] - len(size))])
-                u = u * size
+                u, v = u * size / options.length, v * options.length
             else:
                 u, v = u * options.length, v * options.length
             rows.append(v.mT)
@@ -402,69 +408,6 @@ def _kept(right: Tensor, rank: int, seed: int) -> Tensor:
     """The first directions that the large adapter began with: nothing has moved them."""
     basis = torch.linalg.qr(right.float())[0]
     return filled(basis, rank, seed)
-
-
-def _stacked(value: Tensor) -> Tensor:
-    return value if value.ndim == 3 else value[None]
-
-
-def _rank_of(name: str, value: Tensor) -> int:
-    return value.shape[-1] if name.endswith(LEFT) else value.shape[-2]
-
-
-def _step_of(
-    model: nn.Module,
-    dataloader: Iterable[Any] | None,
-    train_step: TrainStep | None,
-    forward_fn: Callable[[nn.Module, Any], Tensor],
-    steps: int,
-) -> preheat.Step:
-    """Forward and backward of one step."""
-    if (dataloader is None) == (train_step is None):
-        found = "none" if dataloader is None else "both"
-        raise InputError(
-            f"HRP needs one of dataloader, train_step and hrp_state_dict, found {found} of the first two"
-        )
-    if train_step is not None:
-
-        def by_user(number: int) -> float:
-            loss = train_step(model, number)
-            loss.backward()
-            return float(loss.detach())
-
-        return by_user
-    assert dataloader is not None
-    batches = _endless(dataloader, steps)
-
-    def by_batch(number: int) -> float:
-        loss = forward_fn(model, next(batches))
-        loss.backward()
-        return float(loss.detach())
-
-    return by_batch
-
-
-def _endless(dataloader: Iterable[Any], steps: int) -> Iterator[Any]:
-    """Batches, again from the start where they end.
-
-    Raises:
-        InputError: there are none, or what gives them can be read only once.
-    """
-    count = told = 0
-    while True:
-        before = count
-        for batch in dataloader:
-            count += 1
-            yield batch
-        if count == before:
-            if count:
-                raise InputError(
-                    f"dataloader ended after {count} batches of {steps} preheat steps and can't be read again"
-                )
-            raise InputError("dataloader is empty: the preheat has nothing to learn from")
-        if not told:
-            log.warning("HRP: the data ended after %d of %d preheat steps and is read again", count, steps)
-        told = 1
 
 
 class _Bar:

@@ -51,7 +51,7 @@ class Layer:
         if self.kind == "embedding":
             return stored.mT[None]
         if self.kind == "experts":
-            return stored.reshape(len(stored), -1, self._experts).permute(2, 0, 1)
+            return stored.reshape(len(stored), -1, self.num_experts).permute(2, 0, 1)
         return stored.flatten(1)[None]
 
     def right(self, adapter: str) -> Tensor:
@@ -60,7 +60,7 @@ class Layer:
         if self.kind == "embedding":
             return stored[None]
         if self.kind == "experts":
-            return stored.reshape(self._experts, -1, stored.shape[-1]).mT
+            return stored.reshape(self.num_experts, -1, stored.shape[-1]).mT
         return stored.flatten(1).mT[None]
 
     @torch.no_grad()
@@ -86,9 +86,14 @@ class Layer:
             return left[1], right[0]
         return left[0], right[1:].numel()
 
+    def is_sharded(self, adapter: str) -> bool:
+        """Whether a process has a part of its factors."""
+        return any(_is_sharded(stored) for stored in self.parameters(adapter))
+
     @property
-    def _experts(self) -> int:
-        return self.module.num_experts
+    def num_experts(self) -> int:
+        """How many there are of each factor."""
+        return self.module.num_experts if self.kind == "experts" else 1
 
     def _stored_left(self, left: Tensor) -> Tensor:
         if self.kind == "embedding":

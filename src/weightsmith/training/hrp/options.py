@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from weightsmith.errors import InputError, nearest
 
@@ -27,12 +27,13 @@ class HRPOptions:
     library's choice.
 
     Attributes:
-        preheat_rank: Rank of the large adapter; by default 128, at most 16 times that of the small one. A
-        mapping
-            of patterns to ranks as PEFT's `rank_pattern`. No layer gets more than its smaller side.
+        preheat_rank: Rank of the large adapter; by default 128, at most 16 times that of the small one, which
+            must be smaller: one of 128 or more needs a rank given. A mapping of patterns to ranks as PEFT's
+            `rank_pattern`. No layer gets more than its smaller side.
         preheat_steps: Steps of the preheat; by default 3 % of the run's, at least 10 and at most a fifth; 100
             where the run's are not known.
-        preheat_lr: Its learning rate, constant; by default the run's, 1e-3 where that is not known.
+        preheat_lr: Its learning rate, constant; by default the run's, 1e-3 where that is not known. An
+            optimiser of your own has its own.
         trainable: `both` factors of the large adapter, or `B` alone: the direction then hardly leaves the
         random
             one that A began with, unless the rank is near the layer's width.
@@ -43,8 +44,8 @@ class HRPOptions:
         parameters.
         assign: Where the direction goes: `A` (the paper's, B stays 0), `B` (A is 0), or `both`: the adapter
             begins as the best approximation of what the preheat learnt, which is no longer HRP.
-        a_scale: Length of a row of A (a column of B): `orthonormal` is 1, `kaiming` is 0.577 as PEFT's own
-            rows have on average, or a number.
+        a_scale: Length of a row of A (a column of B with `assign: B`): `orthonormal` is 1, `kaiming` is 0.577
+            as PEFT's own rows have on average, or a number.
         rank_energy: Ranks are shared out anew between layers by the energy of their spectra, none above this
             many times its own; their sum stays. Off by default.
         count_preheat: The preheat's steps are part of the run's steps, so that runs with and without cost the
@@ -70,7 +71,7 @@ class HRPOptions:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if name in _ALSO_NUMBERS and isinstance(value, int | float) and not isinstance(value, bool):
+            if name in _ALSO_NUMBERS and _number(value):
                 _expect(name, value, 0 < value < math.inf, "a number above 0")
             elif name == "preheat_optimizer" and callable(value):
                 continue
@@ -84,15 +85,26 @@ class HRPOptions:
         for rank in ranks.values() if isinstance(ranks, Mapping) else (ranks,):
             _expect("preheat_rank", rank, rank is None or _whole(rank), "a whole number of at least 1")
         for pattern in ranks if isinstance(ranks, Mapping) else ():
+            _expect("preheat_rank", pattern, isinstance(pattern, str), "a mapping of patterns of names")
             try:
                 re.compile(pattern)
             except re.error as wrong:
                 raise InputError(f"preheat_rank: {pattern!r} is no regular expression: {wrong}") from wrong
         steps, rate = self.preheat_steps, self.preheat_lr
         _expect("preheat_steps", steps, steps is None or _whole(steps), "a whole number of at least 1")
-        _expect("preheat_lr", rate, rate is None or 0 < rate < math.inf, "above 0 and finite")
+        positive = rate is None or (_number(rate) and 0 < rate < math.inf)
+        _expect("preheat_lr", rate, positive, "above 0 and finite")
+        if rate is not None and callable(self.preheat_optimizer):
+            raise InputError(
+                f"preheat_lr has no effect on a preheat_optimizer of your own, got {rate}; leave it out, and "
+                "give the optimiser its rate"
+            )
         energy = self.rank_energy
-        _expect("rank_energy", energy, energy is None or 1 <= energy < math.inf, "at least 1 and finite")
+        enough = energy is None or (_number(energy) and 1 <= energy < math.inf)
+        _expect("rank_energy", energy, enough, "at least 1 and finite")
+        for name in ("count_preheat", "force"):
+            _expect(name, getattr(self, name), type(getattr(self, name)) is bool, "true or false")
+        _expect("seed", self.seed, type(self.seed) is int, "a whole number")
 
     @classmethod
     def of(cls, options: HRPOptions | None = None, **fields: Any) -> HRPOptions:
@@ -101,6 +113,11 @@ class HRPOptions:
         Raises:
             InputError: a field that doesn't exist, or a value out of range; names it.
         """
+        if options is not None and not isinstance(options, cls):
+            raise InputError(
+                f"options must be {cls.__name__}, got {type(options).__name__}; single fields may be given "
+                "by name"
+            )
         known = [entry.name for entry in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
@@ -114,6 +131,12 @@ class HRPOptions:
         if self.preheat_steps is not None:
             return self.preheat_steps
         return STEPS if total is None else max(1, min(max(10, round(0.03 * total)), total // 5))
+
+    def at_rate(self, rate: float | None) -> Self:
+        """With the learning rate of a run, where none is given and the optimiser hasn't its own."""
+        if self.preheat_lr is not None or callable(self.preheat_optimizer):
+            return self
+        return dataclasses.replace(self, preheat_lr=rate)
 
     @property
     def length(self) -> float:
@@ -157,14 +180,19 @@ class LoRAOptions:
 
     def __post_init__(self) -> None:
         _expect("rank", self.rank, _whole(self.rank), "a whole number of at least 1")
-        _expect("alpha", self.alpha, self.alpha is None or 0 < self.alpha < math.inf, "above 0 and finite")
-        _expect("dropout", self.dropout, 0 <= self.dropout < 1, "in 0..1, below 1")
-        _expect("target", self.target, bool(self.target), "`all-linear` or names of modules")
+        alpha, dropout = self.alpha, self.dropout
+        positive = alpha is None or (_number(alpha) and 0 < alpha < math.inf)
+        _expect("alpha", alpha, positive, "above 0 and finite")
+        _expect("dropout", dropout, _number(dropout) and 0 <= dropout < 1, "in 0..1, below 1")
+        target = (self.target,) if isinstance(self.target, str) else self.target
+        named = isinstance(target, list | tuple) and all(target) and all(isinstance(n, str) for n in target)
+        _expect("target", self.target, bool(target) and named, "`all-linear` or names of modules")
+        _expect("rslora", self.rslora, type(self.rslora) is bool, "true or false")
         _expect("init_batches", self.init_batches, _whole(self.init_batches), "at least 1")
-        if self.init not in _INITS and not re.fullmatch(r"pissa_niter_[1-9]\d*", self.init):
+        if self.init not in _INITS and not re.fullmatch(r"pissa_niter_[1-9]\d*", str(self.init)):
             raise InputError(
                 f"init must be one of {', '.join(_INITS)} or pissa_niter_<n>, got {self.init!r}"
-                f"{nearest(self.init, _INITS)}"
+                f"{nearest(str(self.init), _INITS)}"
             )
         if self.init == "orthogonal" and self.rank % 2:
             raise InputError(f"init: orthogonal needs an even rank, got {self.rank}")
@@ -193,10 +221,12 @@ class HRPAdapterOptions(LoRAOptions, HRPOptions):
         HRPOptions.__post_init__(self)
         if self.init != "kaiming":
             raise InputError(f"init: HRP is the start; found {self.init!r}, leave it out")
-        rank = self.preheat_rank
+        rank = MOST_RANK if self.preheat_rank is None else self.preheat_rank
         if isinstance(rank, int) and rank <= self.rank and not self.force:
+            found = "the default is" if self.preheat_rank is None else "got"
             raise InputError(
-                f"preheat_rank must be above rank, which is {self.rank}, got {rank}; `force: true` allows it"
+                f"preheat_rank must be above rank, which is {self.rank}, {found} {rank}; "
+                "`force: true` allows it"
             )
 
     @property
@@ -207,6 +237,10 @@ class HRPAdapterOptions(LoRAOptions, HRPOptions):
 
 def _whole(value: Any) -> bool:
     return type(value) is int and value >= 1
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _expect(name: str, value: object, holds: bool, expected: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import math
 import random
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from weightsmith.errors import InputError
 from weightsmith.runs.progress import Progress
 from weightsmith.runs.seeds import derive
-from weightsmith.training.hrp.layers import Layer, find_layers
+from weightsmith.training.hrp.layers import PREFIX, Layer, find_layers, lora_modules
 from weightsmith.training.hrp.options import MOST_RANK, RATE, HRPOptions
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def preheat_ranks(layers: Sequence[Layer], adapter: str, options: HRPOptions) ->
     """Rank of the large adapter in each layer.
 
     Raises:
-        InputError: a rank that is given and no larger than the small adapter's; a pattern without a layer.
+        InputError: a rank no larger than the small adapter's; a pattern without a layer.
     """
     given, found = options.preheat_rank, {}
     unused = set(given) if isinstance(given, Mapping) else set()
@@ -45,12 +46,13 @@ def preheat_ranks(layers: Sequence[Layer], adapter: str, options: HRPOptions) ->
             wanted = given[matching[0]] if matching else None
         else:
             wanted = given
+        usual = wanted is None
         if wanted is None:
-            wanted = max(own, min(MOST_RANK, 16 * own))
-        elif wanted <= own and not options.force:
+            wanted = min(MOST_RANK, 16 * own)
+        if wanted <= own and not options.force:
             raise InputError(
-                f"preheat_rank must be above the adapter's rank: {layer.name} has r={own}, found {wanted} "
-                "(force=True allows it)"
+                f"preheat_rank must be above the adapter's rank: {layer.name} has r={own}, "
+                f"{'the default is' if usual else 'found'} {wanted} (force=True allows it)"
             )
         found[layer.name] = min(wanted, most)
     if unused:
@@ -82,13 +84,8 @@ def large_adapter(
         for layer in large:
             _begin(layer, scales[layer.name], layer.module.r[adapter], options)
         model.eval()
-        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            # It works in training mode alone.
-            model.train()
-            for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
-                    module.eval()
-        yield large
+        with _checkpointing(model):
+            yield large
     finally:
         _set_active(model, active)
         if PREHEAT in peft_configs(model):
@@ -98,6 +95,46 @@ def large_adapter(
         for module, mode in modes.items():
             module.training = mode
         _set_random_states(states)
+
+
+@contextlib.contextmanager
+def _checkpointing(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing goes on in a model whose modules are in evaluation.
+
+    It works in training mode alone, so the innermost modules that have it, as a rule the layers that run
+    twice, are in training; but not while they run, since many drop out by function.
+    """
+    having = {
+        module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True
+    }
+    innermost = [module for module in having if having.isdisjoint(list(module.modules())[1:])]
+    usual = {
+        module: module._gradient_checkpointing_func
+        for module in innermost
+        if hasattr(module, "_gradient_checkpointing_func")  # else its own forward calls PyTorch's
+    }
+    for module in innermost:
+        module.training = True
+    for module, function in usual.items():
+        module._gradient_checkpointing_func = functools.partial(_in_evaluation, module, function)  # type: ignore
+    try:
+        yield
+    finally:
+        for module, function in usual.items():
+            module._gradient_checkpointing_func = function
+
+
+def _in_evaluation(module: nn.Module, checkpoint: Any, run: Any, *inputs: Any, **more: Any) -> Any:
+    """A checkpoint around a module that is in evaluation while it runs, in the backward pass too."""
+
+    def running(*inputs: Any, **more: Any) -> Any:
+        module.training = False
+        try:
+            return run(*inputs, **more)
+        finally:
+            module.training = True
+
+    return checkpoint(running, *inputs, **more)
 
 
 def train(
@@ -128,8 +165,8 @@ def train(
         parameters += [left, right] if options.trainable == "both" else [left]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    rate = options.preheat_lr or RATE
-    optimizer = _optimizer(parameters, options, rate)
+    optimizer = _optimizer(parameters, options)
+    rate = optimizer.param_groups[0]["lr"]
     losses = []
     progress.start("preheating", steps, "steps")
     try:
@@ -140,8 +177,8 @@ def train(
                 loss = _average(parameters, loss)
             if not math.isfinite(loss):
                 raise InputError(
-                    f"preheat: the loss is {loss} in step {number + 1} of {steps}; lower preheat_lr (now "
-                    f"{rate:g}). The model is as it was"
+                    f"preheat: the loss is {loss} in step {number + 1} of {steps}; lower its learning rate "
+                    f"(now {float(rate):g}). The model is as it was"
                 )
             optimizer.step()
             losses.append(loss)
@@ -152,7 +189,7 @@ def train(
     progress.done()
     if losses[-1] > losses[0] + 0.2 * abs(losses[0]):
         log.warning(
-            "HRP: the preheat raised the loss from %.4g to %.4g; a lower preheat_lr (now %g) may help",
+            "HRP: the preheat raised the loss from %.4g to %.4g; a lower learning rate (now %g) may help",
             losses[0],
             losses[-1],
             rate,
@@ -179,20 +216,32 @@ def peft_configs(model: Any) -> dict[str, Any]:
 
 
 def replace_adapter(model: Any, adapter: str, ranks: Mapping[str, int], layers: Sequence[Layer]) -> None:
-    """Make an adapter anew with other ranks and the same scales; the large adapter must be there
-    meanwhile.
+    """Make an adapter anew with other ranks and the same scales. Whatever of it has the shape that it had,
+    such as modules that are trained whole, keeps its values.
     """
     config = copy.deepcopy(peft_configs(model)[adapter])
-    before = {layer.name: (layer.module.r[adapter], layer.module.scaling[adapter]) for layer in layers}
     config.layer_replication = None  # done when the first adapter came
-    for name, rank in ranks.items():
-        scale = before[name][1]
-        pattern = f"^{re.escape(name)}"
-        config.rank_pattern = {pattern: rank, **config.rank_pattern}
-        alpha = scale * (math.sqrt(rank) if config.use_rslora else rank)
-        config.alpha_pattern = {pattern: alpha, **config.alpha_pattern}
-    _delete(model, adapter)
-    _add(model, (adapter, config))
+    for layer in layers:
+        if layer.name in ranks:
+            rank, scale = ranks[layer.name], layer.module.scaling[adapter]
+            pattern = f"^{re.escape(layer.name)}"
+            config.rank_pattern = {pattern: rank, **config.rank_pattern}
+            alpha = scale * (math.sqrt(rank) if config.use_rslora else rank)
+            config.alpha_pattern = {pattern: alpha, **config.alpha_pattern}
+    before = {name: tensor.detach().clone() for name, tensor in _own_tensors(model, adapter)}
+    # PEFT wants an adapter to be there meanwhile.
+    with large_adapter(model, adapter, layers, {layer.name: 1 for layer in layers}, HRPOptions()):
+        _delete(model, adapter)
+        _add(model, (adapter, config))
+    for name, tensor in _own_tensors(model, adapter):
+        if name in before and before[name].shape == tensor.shape:
+            tensor.data.copy_(before[name])
+
+
+def _own_tensors(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of an adapter."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return ((name, tensor) for name, tensor in tensors if adapter in name.split("."))
 
 
 def _config(model: Any, adapter: str, ranks: Mapping[str, int]) -> tuple[str, Any]:
@@ -200,6 +249,13 @@ def _config(model: Any, adapter: str, ranks: Mapping[str, int]) -> tuple[str, An
     train.
     """
     config = copy.deepcopy(peft_configs(model)[adapter])
+    # Kinds of layers that HRP doesn't know keep a rank that is known to fit them.
+    own = {
+        name.removeprefix(PREFIX): module.r[adapter]
+        for name, module in lora_modules(model)
+        if adapter in module.r
+    }
+    ranks = own | dict(ranks)
     usual = max(ranks.values())
     config.r = config.lora_alpha = usual
     config.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
@@ -233,7 +289,8 @@ def _begin(layer: Layer, scale: float, own: int, options: HRPOptions) -> None:
         layer.module.scaling[PREHEAT] = float(options.preheat_scale) / rank
 
 
-def _optimizer(parameters: list[Any], options: HRPOptions, rate: float) -> Any:
+def _optimizer(parameters: list[Any], options: HRPOptions) -> Any:
+    rate = options.preheat_lr or RATE
     if callable(options.preheat_optimizer):
         return options.preheat_optimizer(parameters)
     if options.preheat_optimizer == "sgd":

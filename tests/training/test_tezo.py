@@ -23,6 +23,7 @@ from weightsmith.training import (
     memory_report,
     write_adapter,
 )
+from weightsmith.training.tezo.export import changes
 from weightsmith.training.tezo.noise import ShortNormals, generator, philox
 from weightsmith.training.tezo.pieces import BLOCK, CPPiece, DensePiece
 from weightsmith.training.tezo.ranks import numeric_rank
@@ -261,6 +262,27 @@ def test_one_sweep_that_undoes_and_steps_is_both(method):
         two.step()
     for name in fused:
         torch.testing.assert_close(fused[name].data, apart[name].data, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["TeZO", "TeZO-m", "TeZO-Adam"])
+def test_short_factors_round_no_step_away(method):
+    """The undoing of a probe is a hundred times as large as a step, and both are one product."""
+    moved = []
+    for restore in ("inplace", "snapshot"):
+        point, start = small(torch.float32), small(torch.float32)
+        train(method, point, 5, lr=1e-5, restore=restore, factor_dtype="bfloat16")
+        moved.append({name: (point[name] - start[name]).detach() for name in point})
+    for name, step in moved[1].items():
+        assert float((moved[0][name] - step).norm() / step.norm()) < 0.02, name
+
+
+def test_what_short_factors_learn_is_exported_to_the_last_digits():
+    point = {"w": nn.Parameter(torch.randn(48, 40, generator=torch.Generator().manual_seed(0)))}
+    start = point["w"].detach().clone()
+    optimizer = TeZO(point.items(), 1e-4, rank=4, factor_dtype="bfloat16")
+    train("TeZO", point, 20, optimizer=optimizer)
+    left, right = changes(optimizer)["w"]
+    torch.testing.assert_close(point["w"].data, start + left @ right.T, rtol=0, atol=2e-6)
 
 
 @every

@@ -357,6 +357,79 @@ def test_branches_leave_alone_what_they_dont_know():
     assert slopes[0] != 0
 
 
+class HandTied(Text):
+    """Reads the embedding as a head without calling it, and a layer by the name of its argument."""
+
+    def forward(self, ids):
+        hidden = self.norm(self.drop(self.body(input=self.embed(input=ids))))
+        return nn.functional.cross_entropy(nn.functional.linear(hidden, self.embed.weight), (ids + 1) % 11)
+
+
+class Fused(Text):
+    """Attention whose output projection is a plain layer that never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Parameter(torch.randn(24, 8))
+
+    def forward(self, ids):
+        x = self.embed(ids)[:, None]
+        mixed, _ = nn.functional.multi_head_attention_forward(
+            *(x, x, x, 8, 2, self.inner, None, None, None, False, 0.4, self.body.weight, self.body.bias),
+            training=self.training,
+            need_weights=False,
+        )
+        return nn.functional.cross_entropy(self.head(self.norm(mixed[:, 0])), (ids + 1) % 11)
+
+
+class Compiled(Text):
+    def forward(self, ids):
+        return torch.compile(super().forward, backend="eager")(ids)
+
+
+def compiled_within():
+    model = Text()
+    model.body.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("make", [HandTied, Fused, Compiled, compiled_within])
+@pytest.mark.parametrize("replay_rng", [True, False])
+def test_branches_miss_no_use_of_a_matrix(make, replay_rng):
+    slopes = []
+    for restore in ("inplace", "branch"):
+        model = make().eval() if not replay_rng else make()
+        torch.manual_seed(1)
+        model(IDS)  # what is compiled, is compiled without hooks
+        optimizer = TeZO(
+            model.named_parameters(), 0.0, rank=2, model=model, restore=restore, replay_rng=replay_rng
+        )
+        before = copy.deepcopy(model.state_dict())
+        for step in range(2):
+            torch.manual_seed(step)
+            slopes.append(optimizer.probe(lambda model=model: model(IDS)))
+            optimizer.step()
+        assert restore == "inplace" or all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert slopes[2:] == pytest.approx(slopes[:2], rel=1e-2, abs=1e-4)
+    assert abs(slopes[0]) > 1e-3
+
+
+def test_an_expert_without_tokens_is_copied_and_a_sound_model_is_not(caplog):
+    model = Text()
+    model.idle = nn.Linear(8, 8, bias=False)
+    calls = []
+    for idle in (False, True):
+        named = [(n, p) for n, p in model.named_parameters() if idle or "idle" not in n]
+        optimizer = TeZO(named, 0.0, rank=2, model=model, restore="branch")
+        with caplog.at_level(logging.WARNING):
+            optimizer.step(lambda idle=idle: calls.append(idle) or model(IDS))
+        branched = {piece.name for piece in optimizer.pieces() if optimizer.is_branched(piece)}
+        assert branched == {"embed.weight", "body.weight"}
+        assert ("1 matrices are read by more" in caplog.text) == idle
+    assert calls.count(False) == 2
+    assert not model.body._forward_hooks
+
+
 def test_tied_embeddings_are_moved_once():
     model = Text().eval()
     optimizer = TeZO(model.named_parameters(), 0.0, rank=2, freeze_1d=True)
@@ -515,6 +588,53 @@ def test_a_closure_that_fails_leaves_the_weights(method):
     for name in point:
         assert torch.equal(point[name], before[name])
     optimizer.step(lambda: loss_of(point))
+
+
+@every
+@pytest.mark.parametrize("restore", ["inplace", "snapshot"])
+@pytest.mark.parametrize("sweep", [1, 2, 3])
+def test_a_sweep_that_breaks_off_leaves_no_weight_behind(method, restore, sweep, monkeypatch):
+    """Out of memory in one piece: while weights move to a probe, to the other, and while they step."""
+    point = small(torch.float32)
+    optimizer = train(method, point, 1, restore=restore, lr=0.0)
+    before = copy.deepcopy(point)
+    middle = optimizer.pieces()[2]
+    calls = []
+
+    def broken(function):
+        def run(*args):
+            calls.append(1)
+            if len(calls) == sweep:
+                raise MemoryError
+            return function(*args)
+
+        return run
+
+    for name in ("move", "update"):
+        monkeypatch.setattr(middle, name, broken(getattr(middle, name)))
+    with pytest.raises(MemoryError):
+        optimizer.step(lambda: loss_of(point))
+    monkeypatch.undo()
+    still = [name for name in point if method != "TeZO-Lion" or sweep < 3]
+    for name in still:
+        torch.testing.assert_close(point[name], before[name], rtol=0, atol=1e-6)
+    optimizer.step(lambda: loss_of(point))
+    for name in still:
+        torch.testing.assert_close(point[name], before[name], rtol=0, atol=1e-6)
+
+
+def test_a_parameter_moves_as_long_as_it_is_trained():
+    point = small(torch.float32)
+    point["b.weight"].requires_grad_(False)
+    optimizer = train("TeZO", point, 1)
+    moves = []
+    for frozen, trained in (("a.weight", "b.weight"), ("b.weight", "a.weight")):
+        point[frozen].requires_grad_(False)
+        point[trained].requires_grad_(True)
+        before = copy.deepcopy(point)
+        train("TeZO", point, 2, optimizer=optimizer)
+        moves.append([torch.equal(point[name], before[name]) for name in (frozen, trained)])
+    assert moves == [[True, False], [True, False]]
 
 
 @every

@@ -58,6 +58,9 @@ class Piece:
         options: The optimiser's.
         seed: Of its directions.
         share: Which rows `value` is, where other processes hold others.
+
+    Attributes:
+        offset: Multiple of the step's direction by which a probe has moved the weights.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Piece:
     ) -> None:
         self.name, self.value, self.state, self.options, self.seed = name, value, state, options, seed
         self.share = share
+        self.offset = 0.0
         # Running sums lose small terms in 16 bits.
         self.wide = torch.float32 if value.dtype.itemsize < 4 else value.dtype
 

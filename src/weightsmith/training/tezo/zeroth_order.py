@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from weightsmith.errors import InputError
-from weightsmith.training.lightsam.replay import random_state, running_statistics_kept, set_random_state
+from weightsmith.training.lightsam.replay import (
+    RandomState,
+    random_state,
+    running_statistics_kept,
+    set_random_state,
+)
 from weightsmith.training.names import named_parameters, plain_name
 from weightsmith.training.sharded import local
 from weightsmith.training.tezo.branch import Branches
@@ -100,7 +105,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._told: set[str] = set()
         self._still = 0
         self._sums = [0.0, 0.0, 0.0]
-        self._offset = 0
+        self._trained: list[bool] = []
         self._copies: dict[int, Tensor] = {}
         self._sharded = False
         defaults = {"lr": lr, "rho": options.rho, "weight_decay": weight_decay}
@@ -202,6 +207,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def pieces(self) -> list[Piece]:
         """Parameters in training with their directions."""
+        self._follow()
         return [piece for piece, _, _ in self._prepared()]
 
     def is_branched(self, piece: Piece) -> bool:
@@ -269,6 +275,8 @@ class ZerothOrder(torch.optim.Optimizer):
             states = {member.parameter: self.state[member.parameter] for member in members}
             pieces = make_pieces(members, states, self.options)
             self._pieces = [(p, m.group, m.parameter) for p, m in zip(pieces, members, strict=True)]
+            self._trained = self._trainable()
+            self._branches = None
             shapes = ((piece.name, tuple(piece.whole_shape)) for piece in pieces)
             self._fingerprint = hashed(self.param_groups[0]["seed"], *shapes)
             if not self.step_count:
@@ -295,12 +303,19 @@ class ZerothOrder(torch.optim.Optimizer):
         return members
 
     def _follow(self) -> None:
-        """Notice parameters that live elsewhere now (moved to a device, cast, exchanged)."""
-        if self._pieces is not None and any(
+        """Notice parameters that live elsewhere now (moved to a device, cast, exchanged), were frozen or are
+        trained again.
+        """
+        if self._pieces is None or any(piece.offset for piece, _, _ in self._pieces):
+            return  # nothing to follow, or a piece that must find its way back first
+        if self._trained != self._trainable() or any(
             piece.value.data_ptr() != local(parameter).data_ptr() or piece.value.dtype != parameter.dtype
             for piece, _, parameter in self._pieces
         ):
             self._pieces = None
+
+    def _trainable(self) -> list[bool]:
+        return [parameter.requires_grad for group in self.param_groups for parameter in group["params"]]
 
     def _measure(self, closure: Callable[[], Any], weight: float) -> tuple[float, float]:
         """Both probes of one batch, added to the sums; leaves the weights at the second."""
@@ -308,18 +323,15 @@ class ZerothOrder(torch.optim.Optimizer):
             raise InputError(f"{self._name} needs a closure that returns the loss without calling backward()")
         if not 0 < weight < math.inf:
             raise InputError(f"{self._name}: weight: expected above 0 and finite, got {weight}")
-        if self._offset == 0:
-            self._follow()
+        self._follow()
         devices = {parameter.device for _, _, parameter in self._prepared()}
         before = random_state(devices) if self.options.replay_rng else None
         try:
             self._go(1)
             above = self._value(closure)
-            if before is not None:
-                set_random_state(before)
-            self._go(-1)
-            with running_statistics_kept(self._model) if self._model is not None else nullcontext():
-                below = self._value(closure)
+            if self._release():
+                above = self._again(1, closure, before)
+            below = self._again(-1, closure, before)
             upper, lower = float(above), float(below)
         except BaseException:
             self._go(0)
@@ -328,10 +340,19 @@ class ZerothOrder(torch.optim.Optimizer):
             self._sums[place] += weight * value
         return upper - lower, (upper + lower) / 2
 
+    def _again(self, target: int, closure: Callable[[], Any], before: RandomState | None) -> Tensor | float:
+        """The loss of the same batch elsewhere, with the same random numbers."""
+        if before is not None:
+            set_random_state(before)
+        self._go(target)
+        with running_statistics_kept(self._model):
+            return self._value(closure)
+
     def _value(self, closure: Callable[[], Any]) -> Tensor | float:
         """The closure's loss, still on its device."""
         try:
-            loss = closure()
+            with self._branches.probe() if self._branches is not None else nullcontext():
+                loss = closure()
         except RuntimeError as wrong:
             if "does not require grad" not in str(wrong):
                 raise
@@ -354,27 +375,45 @@ class ZerothOrder(torch.optim.Optimizer):
         return float(loss)
 
     def _go(self, target: int) -> None:
-        """Move the weights to `target` times rho times the direction."""
-        if target == self._offset:
-            return
+        """Move the weights to `target` times rho times the direction, each from wherever the sweep before has
+        left it.
+        """
         pieces, step = self._prepared(), self.step_count
-        mode = self.options.restore
-        branches = self._branched() if mode == "branch" else None
+        copies = self.options.restore != "inplace"
+        branches = self._branched() if self.options.restore == "branch" else None
         for piece, group, parameter in pieces:
+            amount, key = target * group["rho"], id(parameter)
             if branches is not None and branches.holds(parameter):
                 assert isinstance(piece, LowRankPiece)
-                branches.put(parameter, piece.product(step, target * group["rho"]) if target else None)
-            elif mode != "inplace" and target == 0:
-                if id(parameter) in self._copies:  # not where a probe broke off before it came here
-                    parameter.detach().copy_(self._copies.pop(id(parameter)))
-            else:
-                if mode != "inplace" and self._offset == 0:
-                    self._copies[id(parameter)] = parameter.detach().clone()
-                piece.move(step, (target - self._offset) * group["rho"])
-        if branches is not None:
-            branches.switch(on=target != 0)
-        self._offset = target
+                branches.put(parameter, piece.product(step, amount) if target else None)
+            elif copies and not target:
+                if key in self._copies:  # not where a sweep broke off before it came here
+                    parameter.detach().copy_(self._copies[key])
+                    del self._copies[key]
+            elif amount != piece.offset:
+                if copies and key not in self._copies:
+                    self._copies[key] = parameter.detach().clone()
+                piece.move(step, amount - piece.offset)
+            piece.offset = amount
         self._drop_gathered()
+
+    def _release(self) -> bool:
+        """After the first probe, whether it has missed the perturbation of a matrix: that is moved from now
+        on.
+        """
+        if self._branches is None:
+            return False
+        missing = self._branches.missing()
+        if missing:
+            self._go(0)
+            self._branches.release(missing)
+            names = [piece.name for piece, _, parameter in self._prepared() if id(parameter) in missing]
+            self._tell(
+                "branch",
+                f"{len(names)} matrices are read by more than their Linear and Embedding modules, or not by "
+                f"them ({names[0]}); they are copied and put back",
+            )
+        return bool(missing)
 
     def _branched(self) -> Branches:
         if self._branches is None:
@@ -392,19 +431,23 @@ class ZerothOrder(torch.optim.Optimizer):
         if self.options.restore != "inplace":
             self._go(0)
         sign, bound = (-1.0 if self.maximize else 1.0), self.options.clip or math.inf
-        for piece, group, parameter in self._prepared():
-            kappa = difference / (2 * group["rho"])
-            decays = group["weight_decay"] and parameter.ndim >= 2
-            piece.update(
-                Step(
-                    number=self.step_count,
-                    kappa=sign * min(max(kappa, -bound), bound),
-                    lr=float(group["lr"]),
-                    decay=float(group["lr"]) * group["weight_decay"] if decays else 0.0,
-                    undo=-self._offset * group["rho"],
+        try:
+            for piece, group, parameter in self._prepared():
+                kappa = difference / (2 * group["rho"])
+                decays = group["weight_decay"] and parameter.ndim >= 2
+                piece.update(
+                    Step(
+                        number=self.step_count,
+                        kappa=sign * min(max(kappa, -bound), bound),
+                        lr=float(group["lr"]),
+                        decay=float(group["lr"]) * group["weight_decay"] if decays else 0.0,
+                        undo=-piece.offset,
+                    )
                 )
-            )
-        self._offset = 0
+                piece.offset = 0.0
+        except BaseException:
+            self._go(0)
+            raise
         self._drop_gathered()
 
     def _drop_gathered(self) -> None:

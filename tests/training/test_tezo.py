@@ -895,6 +895,11 @@ def test_no_two_purposes_share_a_generator():
         (lambda p: TeZO(p, rho=0.0), "rho: expected above 0 and finite, got 0.0"),
         (lambda p: TeZO(p, rho=math.nan), "rho: expected above 0"),
         (lambda p: TeZO(p, betas=(0.9, 1.0)), r"betas: expected two numbers in \[0, 1\)"),
+        (lambda p: TeZO(p, betas=0.9), r"betas: expected two numbers in \[0, 1\), got 0.9"),
+        (lambda p: TeZOAdam(p, eps=0.0), "eps: expected above 0 and finite, got 0.0"),
+        (lambda p: TeZO(p, "a"), "lr: expected at least 0 and finite, got 'a'"),
+        (lambda p: TeZO(p, rho=None), "rho: expected above 0 and finite, got None"),
+        (lambda p: TeZO(p, seed="x"), "seed: expected a whole number, got 'x'"),
         (lambda p: TeZO(p, -1.0), "lr: expected at least 0 and finite, got -1.0"),
         (lambda p: TeZO(p, weight_decay=-0.1), "weight_decay: expected at least 0"),
         (
@@ -965,9 +970,9 @@ def test_a_weight_of_a_batch_must_be_positive():
 
 
 def test_parameters_that_cannot_move_are_named():
-    numbers = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(InputError, match=r"TeZO: q.weight is torch.int8: probes can't move it; train"):
-        TeZO([("q.weight", numbers)])
+    turning = nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))
+    with pytest.raises(InputError, match=r"TeZO: q.weight is torch.complex64: probes move floating-point"):
+        TeZO([("q.weight", turning)])
     flat = nn.Parameter(torch.ones(4))
     flat.ds_id = 1
     with pytest.raises(
@@ -978,6 +983,16 @@ def test_parameters_that_cannot_move_are_named():
         TeZO([("w", nn.Parameter(torch.ones(2, 2), requires_grad=False))])
     with pytest.raises(InputError, match="no parameter is trained"):
         TeZO([("b", nn.Parameter(torch.ones(2)))], freeze_1d=True)
+
+
+def test_a_frozen_base_of_whole_numbers_is_let_be():
+    numbers = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
+    numbers.ds_id = 1
+    adapter = nn.Parameter(torch.ones(2, 2))
+    optimizer = TeZO([("q.weight", numbers), ("q.lora", adapter)], 0.1, rank=1)
+    optimizer.step(lambda: (numbers + adapter).square().sum())
+    assert [piece.name for piece in optimizer.pieces()] == ["q.lora"]
+    assert not torch.equal(adapter, torch.ones(2, 2))
 
 
 def test_branches_need_the_model():
@@ -1052,6 +1067,65 @@ def test_groups_have_their_own_rates_and_schedulers_work():
     before = copy.deepcopy(point)
     optimizer.step(lambda: loss_of(both))
     torch.testing.assert_close(point["b.weight"], before["b.weight"])
+
+
+def test_groups_have_their_own_ranks():
+    point = small(torch.float32)
+    groups = [
+        {"params": [("a.weight", point["a.weight"])], "rank": 1},
+        {"params": [("b.weight", point["b.weight"])], "rank": {"b*": 2}},
+        {"params": [("m.experts", point["m.experts"]), ("c", point["c"])]},
+    ]
+    for kind in (TeZO, LOZO):
+        point_groups = groups if kind is TeZO else groups[:1] + groups[2:]
+        optimizer = kind(point_groups, 0.1, rank=3)
+        wanted = {"a.weight": 1, "b.weight": 2, "m.experts": 3, "c": 3}
+        for piece in optimizer.pieces():
+            assert piece.rank == wanted[piece.name]
+            left, right = piece.product(0, 1.0)
+            assert left.shape[-1] == right.shape[-1] == wanted[piece.name]
+    saved = TeZO(groups, 0.1, rank=3)
+    train("TeZO", point, 1, optimizer=saved)
+    TeZO(groups, 0.1, rank=3).load_state_dict(saved.state_dict())
+    with pytest.raises(InputError, match=r"a.weight: .* rank 1, here .* rank 2"):
+        TeZO([{**groups[0], "rank": 2}, *groups[1:]], 0.1).load_state_dict(saved.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "message"),
+    [
+        (TeZO, {"rnk": 2}, "rnk: groups have no such key, expected lr, .* or rank; did you mean `rank`"),
+        (MeZO, {"rank": 2}, "MeZO: parameter group 1: rank: groups have no such key, expected lr, rho or"),
+        (TeZO, {"seed": 2}, "seed: groups have no such key"),
+        (TeZO, {"rank": 0}, "TeZO: parameter group 1: rank: expected a whole number of at least 1"),
+        (LOZO, {"rank": "auto"}, "rank: expected a whole number of at least 1, got 'auto'"),
+        (TeZO, {"rho": 0}, "rho: expected above 0 and finite, got 0"),
+        (TeZO, {"rho": -1e-3}, "rho: expected above 0 and finite"),
+        (TeZO, {"lr": -1.0}, "lr: expected at least 0 and finite"),
+        (TeZO, {"weight_decay": -1.0}, "weight_decay: expected at least 0"),
+    ],
+)
+def test_what_a_group_cannot_have_is_named(kind, more, message):
+    point = small()
+    groups = [
+        {"params": [("a.weight", point["a.weight"])]},
+        {"params": [("b.weight", point["b.weight"])], **more},
+    ]
+    with pytest.raises(InputError, match=message):
+        kind(groups)
+    late = kind(groups[:1])
+    with pytest.raises(InputError, match=message):
+        late.add_param_group(groups[1])
+
+
+def test_a_rho_that_becomes_nothing_is_named_before_anything_moves():
+    point = small()
+    optimizer = train("TeZO", point, 1)
+    before = copy.deepcopy(point)
+    optimizer.param_groups[0]["rho"] = 0.0
+    with pytest.raises(InputError, match="rho: expected above 0"):
+        optimizer.step(lambda: loss_of(point))
+    assert all(torch.equal(point[name], before[name]) for name in point)
 
 
 def test_a_group_that_comes_later_goes_on_at_the_same_step():

@@ -37,6 +37,7 @@ from weightsmith.training.tezo.options import (
     LOZOOptions,
     TeZOOptions,
     ZerothOrderOptions,
+    check_group,
     check_rates,
 )
 from weightsmith.training.tezo.pieces import CPPiece, LowRankPiece, Piece, Step
@@ -66,7 +67,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     Args:
         params: As for any optimiser; `model.named_parameters()` keys the directions by name, otherwise places
-            do. Groups may have their own `lr`, `rho` and `weight_decay`.
+            do. Groups may have their own `lr`, `rho`, `weight_decay` and, but for MeZO, `rank`.
         lr: Learning rate; by default one for models of a billion weights.
         options: All else.
         weight_decay: Decoupled decay of what has at least two axes.
@@ -91,7 +92,7 @@ class ZerothOrder(torch.optim.Optimizer):
         save_factors: bool = False,
     ) -> None:
         lr = RATES[options.variant] if lr is None else lr
-        check_rates(lr, weight_decay)
+        check_rates({"lr": lr, "weight_decay": weight_decay})
         self.options = options
         self.maximize = maximize
         self.save_factors = save_factors
@@ -254,8 +255,16 @@ class ZerothOrder(torch.optim.Optimizer):
         self._pieces = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, between steps."""
-        super().add_param_group(param_group)
+        """Add a group, between steps.
+
+        Raises:
+            InputError: a key that groups don't have, or a value out of range.
+        """
+        try:
+            check_group(param_group, self.options)
+        except InputError as wrong:
+            raise InputError(f"{self._name}: parameter group {len(self.param_groups)}: {wrong}") from wrong
+        super().add_param_group(dict(param_group))  # torch writes its defaults into the user's
         if self._names:
             self.param_groups[-1]["step"] = self.step_count
             start = sum(len(group["params"]) for group in self.param_groups[:-1])
@@ -323,6 +332,8 @@ class ZerothOrder(torch.optim.Optimizer):
             raise InputError(f"{self._name} needs a closure that returns the loss without calling backward()")
         if not 0 < weight < math.inf:
             raise InputError(f"{self._name}: weight: expected above 0 and finite, got {weight}")
+        for group in self.param_groups:  # schedules and users change them
+            check_rates(group)
         self._follow()
         devices = {parameter.device for _, _, parameter in self._prepared()}
         before = random_state(devices) if self.options.replay_rng else None

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import re
 
 import numpy as np
 import pytest
@@ -1005,23 +1006,65 @@ def test_branches_need_the_model():
     [
         (
             lambda p: TeZO(p, 0.01, rank=2),
-            r"a.weight: the saved state has shape \[1, 6, 5\] and rank 3, here",
+            r"a.weight, shape \[6, 5\]: the saved state has rank 3, here it is 2",
         ),
-        (
-            lambda p: TeZOAdam(p, 0.01, rank=3),
-            "a.weight: the saved state has no running mean; variant",
-        ),
-        (lambda p: MeZO(p, 0.01), "a.weight: the saved state has shape"),
+        (lambda p: TeZOAdam(p, 0.01, rank=3), "variant: the saved state has 'sgd', here it is 'adam'"),
+        (lambda p: TeZO(p, 0.01, rank=3, scale="paper"), "scale: the saved state has 'unit', here it is"),
+        (lambda p: TeZO(p, 0.01, rank=3, refresh_interval=4), "refresh_interval: the saved state has None"),
+        (lambda p: TeZO(p, 0.01, rank=3, stacked="c"), r"stacked: the saved state has \['\*expert\*'\]"),
+        (lambda p: MeZO(p, 0.01), "MeZO: the saved state is of `tezo`, this is `mezo`"),
+        (lambda p: LOZO(p, 0.01, rank=3), "the saved state is of `tezo`, this is `lozo`"),
+        (lambda p: TeZO([w for _, w in p], 0.01, rank=3), "param_0: the saved state has a.weight in its"),
+        (lambda p: TeZO(list(p)[:3], 0.01, rank=3), "has 5 parameters, here there are 3"),
     ],
 )
 def test_a_state_of_another_run_is_refused(other, message):
-    point = small()
-    saved = train("TeZO", point, 1).state_dict()
+    saved = train("TeZO", small(), 1).state_dict()
+    optimizer = other(small().items())
+    before = optimizer.state_dict()
     with pytest.raises(InputError, match=message):
-        other(point.items()).load_state_dict(saved)
-    wider = {**small(), "a.weight": nn.Parameter(torch.ones(6, 9, dtype=torch.float64))}
-    with pytest.raises(InputError, match=r"shape \[1, 6, 5\] and rank 3, here it is shape \[1, 6, 9\]"):
-        made("TeZO", wider).load_state_dict(saved)
+        optimizer.load_state_dict(saved)
+    assert optimizer.state_dict() == before
+
+
+@every
+@pytest.mark.parametrize(("name", "shape"), [("a.bias", (3,)), ("a.weight", (5, 5))])
+def test_a_state_of_other_shapes_is_refused(method, name, shape):
+    saved = train(method, small(), 1).state_dict()
+    other = {**small(), name: nn.Parameter(torch.ones(shape, dtype=torch.float64))}
+    was = re.escape(str(list(small()[name].shape)))
+    with pytest.raises(InputError, match=f"{name}: the saved state has shape {was}, here"):
+        made(method, other).load_state_dict(saved)
+
+
+def test_a_state_of_another_family_is_refused():
+    point = small()
+    adam = torch.optim.AdamW(point.values(), 0.01)
+    loss_of(point).backward()
+    adam.step()
+    with pytest.raises(InputError, match="MeZOAdam: the saved state is not of this family"):
+        MeZOAdam(point.items(), 0.01).load_state_dict(adam.state_dict())
+
+
+def test_a_loaded_run_counts_on_and_forgets_probes_of_the_run_before():
+    whole, point = small(), small()
+    runs = [train("TeZO", whole, 1), train("TeZO", point, 1)]
+    for run in runs:
+        run.step(lambda: math.nan)
+    runs[1].probe(lambda: 1e6 * loss_of(point))
+    other = made("TeZO", point)
+    for run in (runs[1], other):
+        run.load_state_dict(runs[0].state_dict())
+        assert run.skipped_steps == 1
+    train("TeZO", whole, 1, optimizer=runs[0])
+    train("TeZO", point, 1, optimizer=runs[1])
+    for name in whole:
+        torch.testing.assert_close(point[name], whole[name])
+
+
+def test_an_optimizer_is_not_copied_without_its_model():
+    with pytest.raises(InputError, match="TeZO: can't be copied or pickled"):
+        copy.deepcopy(made("TeZO", small()))
 
 
 def test_what_is_hardly_meant_is_told_once(caplog):
@@ -1087,7 +1130,7 @@ def test_groups_have_their_own_ranks():
     saved = TeZO(groups, 0.1, rank=3)
     train("TeZO", point, 1, optimizer=saved)
     TeZO(groups, 0.1, rank=3).load_state_dict(saved.state_dict())
-    with pytest.raises(InputError, match=r"a.weight: .* rank 1, here .* rank 2"):
+    with pytest.raises(InputError, match=r"a.weight, .* rank 1, here it is 2"):
         TeZO([{**groups[0], "rank": 2}, *groups[1:]], 0.1).load_state_dict(saved.state_dict())
 
 

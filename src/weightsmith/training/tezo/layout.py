@@ -1,4 +1,4 @@
-"""Which parameters move, as what, and whether a saved state is one of them."""
+"""Which parameters move, as what, and whether a saved state has their ranks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from weightsmith.training.tezo.options import LOZOOptions, TeZOOptions, ZerothOr
 from weightsmith.training.tezo.pieces import CPPiece, DensePiece, LazyPiece, Piece
 from weightsmith.training.tezo.ranks import Matrix, chosen_ranks
 from weightsmith.training.tezo.shares import Share, share_of, whole_shape
-
-_AVERAGES = {"sgd": (), "momentum": ("mean",), "adam": ("mean", "square"), "lion": ("mean",)}
 
 
 class Moving(NamedTuple):
@@ -107,7 +105,7 @@ def make_pieces(
 def check_state(
     members: Sequence[Moving], entries: Mapping[int, Mapping[str, Any]], options: ZerothOrderOptions
 ) -> None:
-    """Refuse a state of other parameters, ranks or variants.
+    """Refuse a state of other ranks.
 
     Args:
         members: The parameters of this run.
@@ -120,24 +118,13 @@ def check_state(
     # An automatic rank belongs to the weights that a run began with.
     fixed = [m for m in members if getattr(options_of(m.group, options), "rank", "auto") != "auto"]
     expected = _ranks(fixed, options)
-    wanted = _AVERAGES[options.variant]
     for member in members:
-        name, parameter, whole = member.name, member.parameter, member.whole
-        entry = entries[id(parameter)]
-        if not entry:
-            continue
-        shape = None if whole is None else list(whole)
-        rank = expected.get(name, entry.get("rank")) if shape else None
-        if (entry.get("shape"), entry.get("rank")) != (shape, rank):
+        name, entry = member.name, entries[id(member.parameter)]
+        rank = None if member.matrices is None else expected.get(name, entry.get("rank"))
+        if entry and entry.get("rank") != rank:
+            shape = list(member.parameter.shape)
             raise InputError(
-                f"{name}: the saved state has shape {entry.get('shape')} and rank {entry.get('rank')}, here "
-                f"it is shape {shape or list(parameter.shape)} and rank {rank}"
-            )
-        has = tuple(key for key in ("mean", "square") if key in entry)
-        if has != wanted and (has or "coefficients" in entry):
-            raise InputError(
-                f"{name}: the saved state has {' and '.join(has) or 'no running mean'}; variant "
-                f"`{options.variant}` has {' and '.join(wanted) or 'no running mean'}"
+                f"{name}, shape {shape}: the saved state has rank {entry.get('rank')}, here it is {rank}"
             )
 
 

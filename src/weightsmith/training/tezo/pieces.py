@@ -222,7 +222,6 @@ class LowRankPiece(Piece):
         # A step is small beside the undoing in the same product: rounded no further than the weights are.
         self.product_dtype = torch.promote_types(self.factor_dtype, matrices.dtype)
         state.setdefault("rank", rank)
-        state.setdefault("shape", list(self.whole_shape))
 
     def product(self, step: int, amount: float) -> tuple[Tensor, Tensor]:
         """(E, M, R) and (E, N, R) whose product is `amount` times the step's direction."""

@@ -41,6 +41,7 @@ from weightsmith.training.tezo.options import (
     check_rates,
 )
 from weightsmith.training.tezo.pieces import CPPiece, LowRankPiece, Piece, Step
+from weightsmith.training.tezo.states import Run, check_run, run_of
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._model = model
         self._told: set[str] = set()
         self._still = 0
-        self._sums = [0.0, 0.0, 0.0]
+        self.forget_probes()
         self._trained: list[bool] = []
         self._copies: dict[int, Tensor] = {}
         self._sharded = False
@@ -174,7 +175,7 @@ class ZerothOrder(torch.optim.Optimizer):
             self._go(0)
             raise
         finally:
-            self._sums = [0.0, 0.0, 0.0]
+            self.forget_probes()
         kappa = difference / (2 * self.param_groups[0]["rho"])
         skipped = not (math.isfinite(difference) and math.isfinite(loss))
         if skipped:
@@ -197,7 +198,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def name_parameters(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Key directions by these names; before the first step, as other names give other directions."""
-        ours = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        ours = set(map(id, self._parameters()))
         self._names |= {id(parameter): plain_name(name) for name, parameter in named if id(parameter) in ours}
         self._pieces = None
 
@@ -219,11 +220,12 @@ class ZerothOrder(torch.optim.Optimizer):
         return self._branched().holds(parameter)
 
     def state_dict(self) -> dict[str, Any]:
-        """State and groups; factors only with `save_factors`."""
+        """State, groups and what they depend on; factors only with `save_factors`."""
         saved = super().state_dict()
+        saved["run"] = self._run() | {"skipped_steps": self.skipped_steps}
         if not self.save_factors or self._pieces is None:
             return saved
-        places = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        places = {id(p): i for i, p in enumerate(self._parameters())}
         saved["state"] = {key: dict(entry) for key, entry in saved["state"].items()}
         for piece, _, parameter in self._pieces:
             if isinstance(piece, CPPiece) and piece.epoch is not None:
@@ -231,28 +233,45 @@ class ZerothOrder(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state; the next step is the one that would have followed.
+        """Restore the state; the next step is the one that would have followed. Probes that no step has
+        followed are forgotten.
 
         Raises:
-            InputError: a parameter of another shape or rank, or a state of another variant.
+            InputError: a state of another method or scale, or of parameters with other names, shapes or
+                ranks; nothing was loaded.
         """
-        places = [key for group in state_dict["param_groups"] for key in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        if len(places) == len(parameters):
-            entries = {
-                id(parameter): state_dict["state"].get(key, {})
-                for key, parameter in zip(places, parameters, strict=True)
-            }
-            try:
-                check_state(self._moving(), entries, self.options)
-            except InputError as wrong:
-                raise InputError(f"{self._name}: {wrong}") from wrong
+        parameters, members = self._parameters(), self._moving()
+        try:
+            check_run(state_dict, self._run())
+            places = [key for group in state_dict["param_groups"] for key in group["params"]]
+            saved = [state_dict["state"].get(key, {}) for key in places]
+            entries = {id(p): entry for p, entry in zip(parameters, saved, strict=True)}
+            check_state(members, entries, self.options)
+        except InputError as wrong:
+            raise InputError(f"{self._name}: {wrong}") from wrong
         super().load_state_dict(state_dict)
-        for key, parameter in zip(places, parameters, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
+        for parameter, entry in zip(parameters, saved, strict=True):
+            for name, value in entry.items():
                 if isinstance(value, Tensor):  # torch would cast it to the parameter's dtype
                     self.state[parameter][name] = value.to(device=parameter.device, copy=True)
+        self.skipped_steps = state_dict["run"]["skipped_steps"]
+        self.forget_probes()
         self._pieces = None
+
+    def forget_probes(self) -> None:
+        """Drop probes that no step has followed."""
+        self._sums = [0.0, 0.0, 0.0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse copying and pickling, of which torch keeps no more than the groups.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            f"{self._name}: can't be copied or pickled, as its directions belong to its model's parameters; "
+            "make one for the other model and load this one's state_dict()"
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, between steps.
@@ -323,8 +342,14 @@ class ZerothOrder(torch.optim.Optimizer):
         ):
             self._pieces = None
 
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
     def _trainable(self) -> list[bool]:
-        return [parameter.requires_grad for group in self.param_groups for parameter in group["params"]]
+        return [parameter.requires_grad for parameter in self._parameters()]
+
+    def _run(self) -> Run:
+        return run_of([(self._names[id(p)], p) for p in self._parameters()], self.options)
 
     def _measure(self, closure: Callable[[], Any], weight: float) -> tuple[float, float]:
         """Both probes of one batch, added to the sums; leaves the weights at the second."""

@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -157,8 +158,8 @@ class ZerothOrder(torch.optim.Optimizer):
             The loss, float64 0-d: mean of the two probes, over all processes.
 
         Raises:
-            InputError: neither a closure nor a probe before; as `probe`; processes that differ in seed, step
-                or parameters.
+            InputError: neither a closure nor a probe before; as `probe`; processes that differ in method,
+                options, rates, step or parameters.
         """
         if closure is not None:
             if self._sums[2]:
@@ -305,8 +306,9 @@ class ZerothOrder(torch.optim.Optimizer):
             self._pieces = [(p, m.group, m.parameter) for p, m in zip(pieces, members, strict=True)]
             self._trained = self._trainable()
             self._branches = None
-            shapes = ((piece.name, tuple(piece.whole_shape)) for piece in pieces)
-            self._fingerprint = hashed(self.param_groups[0]["seed"], *shapes)
+            shapes = ((piece.name, tuple(piece.whole_shape), getattr(piece, "rank", 0)) for piece in pieces)
+            options = replace(self.options, seed=self.param_groups[0]["seed"])
+            self._fingerprint = hashed(options, self.maximize, *shapes)
             if not self.step_count:
                 self._look_at_rho()
         return self._pieces
@@ -510,7 +512,8 @@ class ZerothOrder(torch.optim.Optimizer):
             rows = torch.stack(others).tolist()
         if len({row[3] for row in rows}) > 1:
             raise InputError(
-                f"{self._name}: processes differ in seed, step or parameters; nothing was changed"
+                f"{self._name}: processes differ in method, options, rates, step or parameters; nothing was "
+                "changed"
             )
         # Every process adds the same numbers in the same order.
         difference, loss, weight = (sum(row[place] for row in rows) for place in range(3))
@@ -518,7 +521,8 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _mark(self) -> float:
         """Stands for what processes must have in common; a whole number that float64 holds."""
-        return float(hashed(self._fingerprint, self.step_count) >> 12)
+        rates = ([float(group[key]) for key in ("lr", "rho", "weight_decay")] for group in self.param_groups)
+        return float(hashed(self._fingerprint, self.step_count, *rates) >> 12)
 
     # Advice.
 

@@ -726,6 +726,38 @@ def test_automatic_ranks_are_the_smallest_numeric_rank_of_a_block():
     assert numeric_rank(of_rank(20, 16, 1).data, TeZOOptions(rank="auto")) == 1
 
 
+def test_blocks_of_two_stacks_have_ranks_of_their_own():
+    flat, full = torch.outer(torch.ones(8), torch.arange(1.0, 9.0)), torch.eye(8)
+    point = {
+        "encoder.block.0.q.weight": nn.Parameter(flat.clone()),
+        "encoder.block.0.layer.1.up.weight": nn.Parameter(full.clone()),
+        "decoder.block.0.q.weight": nn.Parameter(full.clone()),
+    }
+    optimizer = TeZO(point.items(), 0.1, rank="auto")
+    assert [piece.rank for piece in optimizer.pieces()] == [1, 1, 8]
+
+
+def test_zeros_have_no_say_in_automatic_ranks(caplog):
+    torch.manual_seed(0)
+    point = {
+        "layers.0.lora_A.weight": nn.Parameter(torch.eye(4, 12)),
+        "layers.0.lora_B.weight": nn.Parameter(torch.zeros(12, 4)),
+        "layers.1.experts": nn.Parameter(torch.stack([torch.zeros(6, 6), torch.eye(6)])),
+        "gate.weight": nn.Parameter(torch.zeros(9, 9)),
+    }
+    with caplog.at_level(logging.WARNING):
+        optimizer = TeZO(point.items(), 0.1, rank="auto", max_rank=7)
+        assert [piece.rank for piece in optimizer.pieces()] == [4, 4, 6, 7]
+    assert "gate.weight and what else is in its block are all zeros" in caplog.text
+    assert "lora_B" not in caplog.text
+
+
+def test_one_pattern_needs_no_brackets():
+    point = {"m.moe": nn.Parameter(torch.randn(2, 4, 5)), "e": nn.Parameter(torch.randn(3, 4, 5))}
+    optimizer = TeZO(point.items(), 0.1, rank=2, stacked="*moe*")
+    assert [piece.value.shape for piece in optimizer.pieces()] == [(2, 4, 5), (1, 3, 20)]
+
+
 def test_ranks_by_pattern_and_below_the_sides(caplog):
     point = {"a.weight": nn.Parameter(torch.randn(6, 5)), "b.weight": nn.Parameter(torch.randn(4, 7))}
     with caplog.at_level(logging.WARNING):
@@ -795,6 +827,41 @@ def test_an_exported_adapter_is_the_trained_model(kind, tmp_path):
         torch.testing.assert_close(merged.get_parameter(name), p, rtol=0, atol=1e-6)
         moved = max(moved, float((p - start.get_parameter(name)).detach().abs().max()))
     assert moved > 1e-3
+
+
+def test_an_adapter_has_the_ranks_of_its_own_layers_and_needs_no_names(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ModuleDict({"fc": nn.Linear(8, 8, bias=False)})
+            self.fc = nn.Linear(8, 8, bias=False)
+
+        def forward(self, x):
+            return self.fc(torch.tanh(self.inner["fc"](x)))
+
+    trained, base = Net(), Net()
+    base.load_state_dict(trained.state_dict())
+    groups = [{"params": [trained.fc.weight], "rank": 2}, {"params": list(trained.inner.parameters())}]
+    optimizer = TeZO(groups, 0.05, rank=3)
+    x = torch.randn(16, 8)
+    for _ in range(3):
+        optimizer.step(lambda: trained(x).square().mean())
+    write_adapter(optimizer, trained, tmp_path / "adapter")
+    merged = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    for name, p in trained.named_parameters():
+        torch.testing.assert_close(merged.get_parameter(name), p, rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match="param_0: is no parameter of this model"):
+        write_adapter(optimizer, Net(), tmp_path / "other")
+
+
+def test_what_was_frozen_after_training_is_not_lost_in_an_adapter():
+    point = {"a": nn.Parameter(torch.ones(4, 4)), "b": nn.Parameter(torch.ones(4, 4))}
+    optimizer = train("TeZO", point, 1, optimizer=TeZO(point.items(), 0.1, rank=2))
+    point["a"].requires_grad_(False)
+    with pytest.raises(InputError, match="a: was frozen after it was trained"):
+        changes(optimizer)
 
 
 @pytest.mark.parametrize(

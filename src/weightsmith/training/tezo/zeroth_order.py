@@ -215,10 +215,15 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def is_branched(self, piece: Piece) -> bool:
         """Whether probes leave this parameter alone and add to what its modules return."""
-        if self.options.restore != "branch":
-            return False
-        parameter = next(p for other, _, p in self._prepared() if other is piece)
-        return self._branched().holds(parameter)
+        return self.options.restore == "branch" and self._branched().holds(self.parameter_of(piece))
+
+    def name_of(self, parameter: Tensor) -> str:
+        """The name that keys a parameter's directions."""
+        return self._names[id(parameter)]
+
+    def parameter_of(self, piece: Piece) -> Tensor:
+        """The parameter that a piece moves."""
+        return next(parameter for other, _, parameter in self._prepared() if other is piece)
 
     def state_dict(self) -> dict[str, Any]:
         """State, groups and what they depend on; factors only with `save_factors`."""

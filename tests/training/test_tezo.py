@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -621,6 +622,32 @@ def test_a_sweep_that_breaks_off_leaves_no_weight_behind(method, restore, sweep,
         torch.testing.assert_close(point[name], before[name], rtol=0, atol=1e-6)
     optimizer.step(lambda: loss_of(point))
     for name in still:
+        torch.testing.assert_close(point[name], before[name], rtol=0, atol=1e-6)
+
+
+@every
+@pytest.mark.parametrize("restore", ["inplace", "snapshot"])
+@pytest.mark.parametrize("sweep", [1, 2])
+def test_control_c_waits_until_it_is_known_where_the_weights_are(method, restore, sweep, monkeypatch):
+    point = small(torch.float32)
+    optimizer = train(method, point, 1, restore=restore, lr=0.0)
+    before = copy.deepcopy(point)
+    middle = optimizer.pieces()[2]
+    calls, move = [], middle.move
+
+    def move_then_signal(*args):
+        move(*args)
+        calls.append(1)
+        if len(calls) == sweep:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(middle, "move", move_then_signal)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(lambda: loss_of(point))
+    assert len(calls) >= sweep
+    assert signal.getsignal(signal.SIGINT) is handler
+    for name in point:
         torch.testing.assert_close(point[name], before[name], rtol=0, atol=1e-6)
 
 

@@ -43,6 +43,7 @@ from weightsmith.training.tezo.options import (
 )
 from weightsmith.training.tezo.pieces import CPPiece, LowRankPiece, Piece, Step
 from weightsmith.training.tezo.states import Run, check_run, run_of
+from weightsmith.training.tezo.sweeps import uninterrupted
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +143,10 @@ class ZerothOrder(torch.optim.Optimizer):
             InputError: no closure, a loss that is no number, or a closure that calls backward().
         """
         with torch.no_grad():
-            difference, _ = self._measure(closure, weight)
-            self._go(0)
+            try:
+                difference = self._measure(closure, weight)
+            finally:
+                self._go(0)
         return difference / (2 * self.param_groups[0]["rho"])
 
     @torch.no_grad()
@@ -161,35 +164,11 @@ class ZerothOrder(torch.optim.Optimizer):
             InputError: neither a closure nor a probe before; as `probe`; processes that differ in method,
                 options, rates, step or parameters.
         """
-        if closure is not None:
-            if self._sums[2]:
-                raise InputError(f"{self._name}: step(closure) after probe(); step() ends what probes began")
-            self._measure(closure, weight)
-        elif not self._sums[2]:
-            raise InputError(
-                f"{self._name} needs a closure that returns the loss without calling backward(), or probe() "
-                "before"
-            )
         try:
-            difference, loss = self._agreed()
+            return self._step(closure, weight)
         except BaseException:
             self._go(0)
             raise
-        finally:
-            self.forget_probes()
-        kappa = difference / (2 * self.param_groups[0]["rho"])
-        skipped = not (math.isfinite(difference) and math.isfinite(loss))
-        if skipped:
-            self._go(0)
-            self.skipped_steps += 1
-            self._tell("skip", "a loss is not finite; the step is skipped")
-        else:
-            self._look(difference)
-            self._update(difference)
-        for group in self.param_groups:
-            group["step"] += 1
-        self.last = ZerothOrderStats(loss, kappa, skipped)
-        return torch.tensor(loss, dtype=torch.float64)
 
     def attach(self, model: nn.Module) -> None:
         """Take the names of a model's parameters, and its modules for `restore="branch"`."""
@@ -341,8 +320,8 @@ class ZerothOrder(torch.optim.Optimizer):
         """Notice parameters that live elsewhere now (moved to a device, cast, exchanged), were frozen or are
         trained again.
         """
-        if self._pieces is None or any(piece.offset for piece, _, _ in self._pieces):
-            return  # nothing to follow, or a piece that must find its way back first
+        if self._pieces is None or self._is_away():
+            return  # what is away must find its way back first
         if self._trained != self._trainable() or any(
             piece.value.data_ptr() != local(parameter).data_ptr() or piece.value.dtype != parameter.dtype
             for piece, _, parameter in self._pieces
@@ -358,8 +337,39 @@ class ZerothOrder(torch.optim.Optimizer):
     def _run(self) -> Run:
         return run_of([(self._names[id(p)], p) for p in self._parameters()], self.options)
 
-    def _measure(self, closure: Callable[[], Any], weight: float) -> tuple[float, float]:
-        """Both probes of one batch, added to the sums; leaves the weights at the second."""
+    def _step(self, closure: Callable[[], Any] | None, weight: float) -> Tensor:
+        if closure is not None:
+            if self._sums[2]:
+                raise InputError(f"{self._name}: step(closure) after probe(); step() ends what probes began")
+            self._measure(closure, weight)
+        elif not self._sums[2]:
+            raise InputError(
+                f"{self._name} needs a closure that returns the loss without calling backward(), or probe() "
+                "before"
+            )
+        try:
+            difference, loss = self._agreed()
+        finally:
+            self.forget_probes()
+        kappa = difference / (2 * self.param_groups[0]["rho"])
+        skipped = not (math.isfinite(difference) and math.isfinite(loss))
+        with uninterrupted():
+            if skipped:
+                self._go(0)
+                self.skipped_steps += 1
+                self._tell("skip", "a loss is not finite; the step is skipped")
+            else:
+                self._look(difference)
+                self._update(difference)
+            for group in self.param_groups:
+                group["step"] += 1
+        self.last = ZerothOrderStats(loss, kappa, skipped)
+        return torch.tensor(loss, dtype=torch.float64)
+
+    def _measure(self, closure: Callable[[], Any], weight: float) -> float:
+        """Both probes of one batch, added to the sums; leaves the weights at the second. Returns what their
+        losses differ by.
+        """
         if not callable(closure):
             raise InputError(f"{self._name} needs a closure that returns the loss without calling backward()")
         if not 0 < weight < math.inf:
@@ -369,19 +379,15 @@ class ZerothOrder(torch.optim.Optimizer):
         self._follow()
         devices = {parameter.device for _, _, parameter in self._prepared()}
         before = random_state(devices) if self.options.replay_rng else None
-        try:
-            self._go(1)
-            above = self._value(closure)
-            if self._release():
-                above = self._again(1, closure, before)
-            below = self._again(-1, closure, before)
-            upper, lower = float(above), float(below)
-        except BaseException:
-            self._go(0)
-            raise
+        self._go(1)
+        above = self._value(closure)
+        if self._release():
+            above = self._again(1, closure, before)
+        below = self._again(-1, closure, before)
+        upper, lower = float(above), float(below)
         for place, value in enumerate((upper - lower, (upper + lower) / 2, 1.0)):
             self._sums[place] += weight * value
-        return upper - lower, (upper + lower) / 2
+        return upper - lower
 
     def _again(self, target: int, closure: Callable[[], Any], before: RandomState | None) -> Tensor | float:
         """The loss of the same batch elsewhere, with the same random numbers."""
@@ -421,24 +427,31 @@ class ZerothOrder(torch.optim.Optimizer):
         """Move the weights to `target` times rho times the direction, each from wherever the sweep before has
         left it.
         """
-        pieces, step = self._prepared(), self.step_count
+        if not (target or self._is_away()):
+            return
         copies = self.options.restore != "inplace"
         branches = self._branched() if self.options.restore == "branch" else None
-        for piece, group, parameter in pieces:
-            amount, key = target * group["rho"], id(parameter)
-            if branches is not None and branches.holds(parameter):
-                assert isinstance(piece, LowRankPiece)
-                branches.put(parameter, piece.product(step, amount) if target else None)
-            elif copies and not target:
-                if key in self._copies:  # not where a sweep broke off before it came here
-                    parameter.detach().copy_(self._copies[key])
-                    del self._copies[key]
-            elif amount != piece.offset:
-                if copies and key not in self._copies:
-                    self._copies[key] = parameter.detach().clone()
-                piece.move(step, amount - piece.offset)
-            piece.offset = amount
+        with uninterrupted():
+            for piece, group, parameter in self._prepared():
+                amount, key = target * group["rho"], id(parameter)
+                if branches is not None and branches.holds(parameter):
+                    assert isinstance(piece, LowRankPiece)
+                    product = piece.product(self.step_count, amount) if target else None
+                    branches.put(parameter, product)
+                elif copies and not target:
+                    if key in self._copies:  # not where a sweep broke off before it came here
+                        parameter.detach().copy_(self._copies[key])
+                        del self._copies[key]
+                elif amount != piece.offset:
+                    if copies and key not in self._copies:
+                        self._copies[key] = parameter.detach().clone()
+                    piece.move(self.step_count, amount - piece.offset)
+                piece.offset = amount
         self._drop_gathered()
+
+    def _is_away(self) -> bool:
+        """Whether any weight is not where the last step has left it."""
+        return bool(self._copies) or any(piece.offset for piece, _, _ in self._pieces or ())
 
     def _release(self) -> bool:
         """After the first probe, whether it has missed the perturbation of a matrix: that is moved from now
@@ -474,23 +487,19 @@ class ZerothOrder(torch.optim.Optimizer):
         if self.options.restore != "inplace":
             self._go(0)
         sign, bound = (-1.0 if self.maximize else 1.0), self.options.clip or math.inf
-        try:
-            for piece, group, parameter in self._prepared():
-                kappa = difference / (2 * group["rho"])
-                decays = group["weight_decay"] and parameter.ndim >= 2
-                piece.update(
-                    Step(
-                        number=self.step_count,
-                        kappa=sign * min(max(kappa, -bound), bound),
-                        lr=float(group["lr"]),
-                        decay=float(group["lr"]) * group["weight_decay"] if decays else 0.0,
-                        undo=-piece.offset,
-                    )
+        for piece, group, parameter in self._prepared():
+            kappa = difference / (2 * group["rho"])
+            decays = group["weight_decay"] and parameter.ndim >= 2
+            piece.update(
+                Step(
+                    number=self.step_count,
+                    kappa=sign * min(max(kappa, -bound), bound),
+                    lr=float(group["lr"]),
+                    decay=float(group["lr"]) * group["weight_decay"] if decays else 0.0,
+                    undo=-piece.offset,
                 )
-                piece.offset = 0.0
-        except BaseException:
-            self._go(0)
-            raise
+            )
+            piece.offset = 0.0
         self._drop_gathered()
 
     def _drop_gathered(self) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,7 +29,6 @@ from weightsmith.training.lightsam.replay import (
 )
 from weightsmith.training.names import named_parameters, plain_name
 from weightsmith.training.sharded import local
-from weightsmith.training.tezo.branch import Branches
 from weightsmith.training.tezo.layout import Moving, check_state, make_pieces, moving
 from weightsmith.training.tezo.noise import hashed
 from weightsmith.training.tezo.options import (
@@ -41,9 +39,9 @@ from weightsmith.training.tezo.options import (
     check_group,
     check_rates,
 )
-from weightsmith.training.tezo.pieces import CPPiece, LowRankPiece, Piece, Step
+from weightsmith.training.tezo.pieces import CPPiece, Piece, Step
 from weightsmith.training.tezo.states import Run, check_run, run_of
-from weightsmith.training.tezo.sweeps import uninterrupted
+from weightsmith.training.tezo.sweeps import Sweeps, uninterrupted
 
 logger = logging.getLogger(__name__)
 
@@ -102,15 +100,13 @@ class ZerothOrder(torch.optim.Optimizer):
         self.last = ZerothOrderStats()
         self.skipped_steps = 0
         self._group = process_group
-        self._pieces: list[tuple[Piece, dict[str, Any], Tensor]] | None = None
+        self._sweeps: Sweeps | None = None
         self._names: dict[int, str] = {}
-        self._branches: Branches | None = None
         self._model = model
         self._told: set[str] = set()
         self._still = 0
         self.forget_probes()
         self._trained: list[bool] = []
-        self._copies: dict[int, Tensor] = {}
         self._sharded = False
         defaults = {"lr": lr, "rho": options.rho, "weight_decay": weight_decay}
         defaults["decoupled_weight_decay"] = True
@@ -174,13 +170,12 @@ class ZerothOrder(torch.optim.Optimizer):
         """Take the names of a model's parameters, and its modules for `restore="branch"`."""
         self._model = model
         self.name_parameters(model.named_parameters())
-        self._branches = None
 
     def name_parameters(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Key directions by these names; before the first step, as other names give other directions."""
         ours = set(map(id, self._parameters()))
         self._names |= {id(parameter): plain_name(name) for name, parameter in named if id(parameter) in ours}
-        self._pieces = None
+        self._sweeps = None
 
     @property
     def step_count(self) -> int:
@@ -190,11 +185,11 @@ class ZerothOrder(torch.optim.Optimizer):
     def pieces(self) -> list[Piece]:
         """Parameters in training with their directions."""
         self._follow()
-        return [piece for piece, _, _ in self._prepared()]
+        return [piece for piece, _, _ in self._prepared().members]
 
     def is_branched(self, piece: Piece) -> bool:
         """Whether probes leave this parameter alone and add to what its modules return."""
-        return self.options.restore == "branch" and self._branched().holds(self.parameter_of(piece))
+        return self._prepared().is_branched(self.parameter_of(piece))
 
     def name_of(self, parameter: Tensor) -> str:
         """The name that keys a parameter's directions."""
@@ -202,17 +197,17 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def parameter_of(self, piece: Piece) -> Tensor:
         """The parameter that a piece moves."""
-        return next(parameter for other, _, parameter in self._prepared() if other is piece)
+        return next(parameter for other, _, parameter in self._prepared().members if other is piece)
 
     def state_dict(self) -> dict[str, Any]:
         """State, groups and what they depend on; factors only with `save_factors`."""
         saved = super().state_dict()
         saved["run"] = self._run() | {"skipped_steps": self.skipped_steps}
-        if not self.save_factors or self._pieces is None:
+        if not self.save_factors or self._sweeps is None:
             return saved
         places = {id(p): i for i, p in enumerate(self._parameters())}
         saved["state"] = {key: dict(entry) for key, entry in saved["state"].items()}
-        for piece, _, parameter in self._pieces:
+        for piece, _, parameter in self._sweeps.members:
             if isinstance(piece, CPPiece) and piece.epoch is not None:
                 saved["state"][places[id(parameter)]] |= {"u": piece.u, "v": piece.v}
         return saved
@@ -241,7 +236,7 @@ class ZerothOrder(torch.optim.Optimizer):
                     self.state[parameter][name] = value.to(device=parameter.device, copy=True)
         self.skipped_steps = state_dict["run"]["skipped_steps"]
         self.forget_probes()
-        self._pieces = None
+        self._sweeps = None
 
     def forget_probes(self) -> None:
         """Drop probes that no step has followed."""
@@ -280,22 +275,22 @@ class ZerothOrder(torch.optim.Optimizer):
     def _name(self) -> str:
         return type(self).__name__
 
-    def _prepared(self) -> list[tuple[Piece, dict[str, Any], Tensor]]:
+    def _prepared(self) -> Sweeps:
         """Pieces with their groups and parameters; made anew after anything about parameters has changed."""
-        if self._pieces is None:
+        if self._sweeps is None:
             members = self._moving()
             # An entry for each: what a piece puts into its own is the optimiser's state.
             states = {member.parameter: self.state[member.parameter] for member in members}
             pieces = make_pieces(members, states, self.options)
-            self._pieces = [(p, m.group, m.parameter) for p, m in zip(pieces, members, strict=True)]
+            triples = [(p, m.group, m.parameter) for p, m in zip(pieces, members, strict=True)]
+            self._sweeps = Sweeps(triples, self.options.restore, self._model)
             self._trained = self._trainable()
-            self._branches = None
             shapes = ((piece.name, tuple(piece.whole_shape), getattr(piece, "rank", 0)) for piece in pieces)
             options = replace(self.options, seed=self.param_groups[0]["seed"])
             self._fingerprint = hashed(options, self.maximize, *shapes)
             if not self.step_count:
                 self._look_at_rho()
-        return self._pieces
+        return self._sweeps
 
     def _moving(self) -> list[Moving]:
         try:
@@ -320,13 +315,13 @@ class ZerothOrder(torch.optim.Optimizer):
         """Notice parameters that live elsewhere now (moved to a device, cast, exchanged), were frozen or are
         trained again.
         """
-        if self._pieces is None or self._is_away():
+        if self._sweeps is None or self._sweeps.is_away:
             return  # what is away must find its way back first
         if self._trained != self._trainable() or any(
             piece.value.data_ptr() != local(parameter).data_ptr() or piece.value.dtype != parameter.dtype
-            for piece, _, parameter in self._pieces
+            for piece, _, parameter in self._sweeps.members
         ):
-            self._pieces = None
+            self._sweeps = None
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
@@ -377,11 +372,16 @@ class ZerothOrder(torch.optim.Optimizer):
         for group in self.param_groups:  # schedules and users change them
             check_rates(group)
         self._follow()
-        devices = {parameter.device for _, _, parameter in self._prepared()}
+        devices = {parameter.device for _, _, parameter in self._prepared().members}
         before = random_state(devices) if self.options.replay_rng else None
         self._go(1)
         above = self._value(closure)
-        if self._release():
+        if missed := self._prepared().release(self.step_count):
+            self._tell(
+                "branch",
+                f"{len(missed)} matrices are read by more than their Linear and Embedding modules, or not by "
+                f"them ({missed[0]}); they are copied and put back",
+            )
             above = self._again(1, closure, before)
         below = self._again(-1, closure, before)
         upper, lower = float(above), float(below)
@@ -400,7 +400,7 @@ class ZerothOrder(torch.optim.Optimizer):
     def _value(self, closure: Callable[[], Any]) -> Tensor | float:
         """The closure's loss, still on its device."""
         try:
-            with self._branches.probe() if self._branches is not None else nullcontext():
+            with self._prepared().probe():
                 loss = closure()
         except RuntimeError as wrong:
             if "does not require grad" not in str(wrong):
@@ -424,70 +424,21 @@ class ZerothOrder(torch.optim.Optimizer):
         return float(loss)
 
     def _go(self, target: int) -> None:
-        """Move the weights to `target` times rho times the direction, each from wherever the sweep before has
-        left it.
-        """
-        if not (target or self._is_away()):
+        """Move the weights to `target` times rho times the direction."""
+        if self._sweeps is None and not target:
             return
-        copies = self.options.restore != "inplace"
-        branches = self._branched() if self.options.restore == "branch" else None
-        with uninterrupted():
-            for piece, group, parameter in self._prepared():
-                amount, key = target * group["rho"], id(parameter)
-                if branches is not None and branches.holds(parameter):
-                    assert isinstance(piece, LowRankPiece)
-                    product = piece.product(self.step_count, amount) if target else None
-                    branches.put(parameter, product)
-                elif copies and not target:
-                    if key in self._copies:  # not where a sweep broke off before it came here
-                        parameter.detach().copy_(self._copies[key])
-                        del self._copies[key]
-                elif amount != piece.offset:
-                    if copies and key not in self._copies:
-                        self._copies[key] = parameter.detach().clone()
-                    piece.move(self.step_count, amount - piece.offset)
-                piece.offset = amount
+        try:
+            self._prepared().go(self.step_count, target)
+        except InputError as wrong:
+            raise InputError(f"{self._name}: {wrong}") from wrong
         self._drop_gathered()
-
-    def _is_away(self) -> bool:
-        """Whether any weight is not where the last step has left it."""
-        return bool(self._copies) or any(piece.offset for piece, _, _ in self._pieces or ())
-
-    def _release(self) -> bool:
-        """After the first probe, whether it has missed the perturbation of a matrix: that is moved from now
-        on.
-        """
-        if self._branches is None:
-            return False
-        missing = self._branches.missing()
-        if missing:
-            self._go(0)
-            self._branches.release(missing)
-            names = [piece.name for piece, _, parameter in self._prepared() if id(parameter) in missing]
-            self._tell(
-                "branch",
-                f"{len(names)} matrices are read by more than their Linear and Embedding modules, or not by "
-                f"them ({names[0]}); they are copied and put back",
-            )
-        return bool(missing)
-
-    def _branched(self) -> Branches:
-        if self._branches is None:
-            if self._model is None:
-                raise InputError(
-                    f'{self._name}: restore="branch" adds to what modules return: give it `model=model`'
-                )
-            pieces = self._prepared()
-            simple = [p for piece, _, p in pieces if isinstance(piece, LowRankPiece) and p.ndim == 2]
-            self._branches = Branches(self._model, simple)
-        return self._branches
 
     def _update(self, difference: float) -> None:
         """The step, from wherever the weights are."""
         if self.options.restore != "inplace":
             self._go(0)
         sign, bound = (-1.0 if self.maximize else 1.0), self.options.clip or math.inf
-        for piece, group, parameter in self._prepared():
+        for piece, group, parameter in self._prepared().members:
             kappa = difference / (2 * group["rho"])
             decays = group["weight_decay"] and parameter.ndim >= 2
             piece.update(
@@ -518,7 +469,7 @@ class ZerothOrder(torch.optim.Optimizer):
             group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         rows = [[*self._sums, self._mark()]]
         if group is not None and dist.get_world_size(group) > 1:
-            device = self._prepared()[0][2].device
+            device = self._prepared().members[0][2].device
             on = device if "nccl" in dist.get_backend(group) else torch.device("cpu")
             mine = torch.tensor(rows[0], dtype=torch.float64, device=on)
             others = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
@@ -551,7 +502,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _look_at_rho(self) -> None:
         """Warn where a probe is smaller than what the weights' dtype can tell apart."""
-        for piece, group, _ in self._prepared():
+        for piece, group, _ in self._prepared().members:
             if piece.value.dtype.itemsize >= 4 or not piece.value.numel():
                 continue
             size = float(piece.value.float().square().mean().sqrt())

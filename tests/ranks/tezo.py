@@ -18,6 +18,17 @@ MAKERS = {
     "LOZO": lambda params, **more: LOZO(params, 0.02, rank=2, interval=5, **more),
 }
 
+ODD = {
+    "seed": lambda params, rank: TeZO(params, 0.02, seed=rank),
+    "rank": lambda params, rank: TeZO(params, 0.02, rank=1 + rank),
+    "rank of one matrix": lambda params, rank: TeZO(params, 0.02, rank={"body*": 1 + rank, "*": 1}),
+    "variant": lambda params, rank: TeZO(params, 0.02, variant=("sgd", "momentum")[rank]),
+    "rho": lambda params, rank: TeZO(params, 0.02, rho=(1e-3, 1e-2)[rank]),
+    "lr": lambda params, rank: TeZO(params, (0.02, 0.01)[rank]),
+    "method": lambda params, rank: (TeZO, MeZOAdam)[rank](params, 0.02, variant="adam"),
+}
+"""Pairs of processes that would go apart; the head has one row, so its rank is one in all."""
+
 
 class Net(nn.Module):
     def __init__(self):
@@ -74,14 +85,16 @@ def measure(rank, world, folder):
         counted.sent.clear()
         results[f"ddp {name}"] = train(wrapped, optimizer, rank, world)
         results[f"sent {name}"] = list(counted.sent)
-    model = Net()
-    one_odd = TeZO(model.named_parameters(), 0.02, seed=rank)
-    before = model.body.weight.detach().clone()
-    try:
-        one_odd.step(lambda: loss(model, batch(0)))
-    except InputError as wrong:
-        results["odd"] = str(wrong)
-    results["untouched"] = float((model.body.weight - before).detach().abs().max())
+    results["odd"], results["untouched"] = {}, 0.0
+    for name, make in ODD.items():
+        model = Net()
+        before = model.body.weight.detach().clone()
+        try:
+            make(model.named_parameters(), rank).step(lambda model=model: loss(model, batch(0)))
+        except InputError as wrong:
+            results["odd"][name] = str(wrong)
+        moved = float((model.body.weight - before).detach().abs().max())
+        results["untouched"] = max(results["untouched"], moved)
     return results
 
 

@@ -3,6 +3,8 @@
 import copy
 import logging
 import math
+import re
+import signal
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from weightsmith.training import (
     memory_report,
     write_adapter,
 )
+from weightsmith.training.tezo.export import changes
 from weightsmith.training.tezo.noise import ShortNormals, generator, philox
 from weightsmith.training.tezo.pieces import BLOCK, CPPiece, DensePiece
 from weightsmith.training.tezo.ranks import numeric_rank
@@ -263,6 +266,27 @@ def test_one_sweep_that_undoes_and_steps_is_both(method):
         torch.testing.assert_close(fused[name].data, apart[name].data, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["TeZO", "TeZO-m", "TeZO-Adam"])
+def test_short_factors_round_no_step_away(method):
+    """The undoing of a probe is a hundred times as large as a step, and both are one product."""
+    moved = []
+    for restore in ("inplace", "snapshot"):
+        point, start = small(torch.float32), small(torch.float32)
+        train(method, point, 5, lr=1e-5, restore=restore, factor_dtype="bfloat16")
+        moved.append({name: (point[name] - start[name]).detach() for name in point})
+    for name, step in moved[1].items():
+        assert float((moved[0][name] - step).norm() / step.norm()) < 0.02, name
+
+
+def test_what_short_factors_learn_is_exported_to_the_last_digits():
+    point = {"w": nn.Parameter(torch.randn(48, 40, generator=torch.Generator().manual_seed(0)))}
+    start = point["w"].detach().clone()
+    optimizer = TeZO(point.items(), 1e-4, rank=4, factor_dtype="bfloat16")
+    train("TeZO", point, 20, optimizer=optimizer)
+    left, right = changes(optimizer)["w"]
+    torch.testing.assert_close(point["w"].data, start + left @ right.T, rtol=0, atol=2e-6)
+
+
 @every
 @pytest.mark.parametrize("restore", ["inplace", "snapshot"])
 def test_probes_give_the_weights_back(method, restore):
@@ -333,6 +357,79 @@ def test_branches_leave_alone_what_they_dont_know():
     slopes = [o.probe(lambda: attention(x, x, x)[0].square().mean()) for o in optimizers]
     assert slopes[0] == pytest.approx(slopes[1], rel=1e-3, abs=1e-5)
     assert slopes[0] != 0
+
+
+class HandTied(Text):
+    """Reads the embedding as a head without calling it, and a layer by the name of its argument."""
+
+    def forward(self, ids):
+        hidden = self.norm(self.drop(self.body(input=self.embed(input=ids))))
+        return nn.functional.cross_entropy(nn.functional.linear(hidden, self.embed.weight), (ids + 1) % 11)
+
+
+class Fused(Text):
+    """Attention whose output projection is a plain layer that never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Parameter(torch.randn(24, 8))
+
+    def forward(self, ids):
+        x = self.embed(ids)[:, None]
+        mixed, _ = nn.functional.multi_head_attention_forward(
+            *(x, x, x, 8, 2, self.inner, None, None, None, False, 0.4, self.body.weight, self.body.bias),
+            training=self.training,
+            need_weights=False,
+        )
+        return nn.functional.cross_entropy(self.head(self.norm(mixed[:, 0])), (ids + 1) % 11)
+
+
+class Compiled(Text):
+    def forward(self, ids):
+        return torch.compile(super().forward, backend="eager")(ids)
+
+
+def compiled_within():
+    model = Text()
+    model.body.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("make", [HandTied, Fused, Compiled, compiled_within])
+@pytest.mark.parametrize("replay_rng", [True, False])
+def test_branches_miss_no_use_of_a_matrix(make, replay_rng):
+    slopes = []
+    for restore in ("inplace", "branch"):
+        model = make().eval() if not replay_rng else make()
+        torch.manual_seed(1)
+        model(IDS)  # what is compiled, is compiled without hooks
+        optimizer = TeZO(
+            model.named_parameters(), 0.0, rank=2, model=model, restore=restore, replay_rng=replay_rng
+        )
+        before = copy.deepcopy(model.state_dict())
+        for step in range(2):
+            torch.manual_seed(step)
+            slopes.append(optimizer.probe(lambda model=model: model(IDS)))
+            optimizer.step()
+        assert restore == "inplace" or all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert slopes[2:] == pytest.approx(slopes[:2], rel=1e-2, abs=1e-4)
+    assert abs(slopes[0]) > 1e-3
+
+
+def test_an_expert_without_tokens_is_copied_and_a_sound_model_is_not(caplog):
+    model = Text()
+    model.idle = nn.Linear(8, 8, bias=False)
+    calls = []
+    for idle in (False, True):
+        named = [(n, p) for n, p in model.named_parameters() if idle or "idle" not in n]
+        optimizer = TeZO(named, 0.0, rank=2, model=model, restore="branch")
+        with caplog.at_level(logging.WARNING):
+            optimizer.step(lambda idle=idle: calls.append(idle) or model(IDS))
+        branched = {piece.name for piece in optimizer.pieces() if optimizer.is_branched(piece)}
+        assert branched == {"embed.weight", "body.weight"}
+        assert ("1 matrices are read by more" in caplog.text) == idle
+    assert calls.count(False) == 2
+    assert not model.body._forward_hooks
 
 
 def test_tied_embeddings_are_moved_once():
@@ -496,6 +593,79 @@ def test_a_closure_that_fails_leaves_the_weights(method):
 
 
 @every
+@pytest.mark.parametrize("restore", ["inplace", "snapshot"])
+@pytest.mark.parametrize("sweep", [1, 2, 3])
+def test_a_sweep_that_breaks_off_leaves_no_weight_behind(method, restore, sweep, monkeypatch):
+    """Out of memory in one piece: while weights move to a probe, to the other, and while they step."""
+    point = small(torch.float32)
+    optimizer = train(method, point, 1, restore=restore, lr=0.0)
+    before = copy.deepcopy(point)
+    middle = optimizer.pieces()[2]
+    calls = []
+
+    def broken(function):
+        def run(*args):
+            calls.append(1)
+            if len(calls) == sweep:
+                raise MemoryError
+            return function(*args)
+
+        return run
+
+    for name in ("move", "update"):
+        monkeypatch.setattr(middle, name, broken(getattr(middle, name)))
+    with pytest.raises(MemoryError):
+        optimizer.step(lambda: loss_of(point))
+    monkeypatch.undo()
+    still = [name for name in point if method != "TeZO-Lion" or sweep < 3]
+    for name in still:
+        torch.testing.assert_close(point[name], before[name], rtol=0, atol=1e-6)
+    optimizer.step(lambda: loss_of(point))
+    for name in still:
+        torch.testing.assert_close(point[name], before[name], rtol=0, atol=1e-6)
+
+
+@every
+@pytest.mark.parametrize("restore", ["inplace", "snapshot"])
+@pytest.mark.parametrize("sweep", [1, 2])
+def test_control_c_waits_until_it_is_known_where_the_weights_are(method, restore, sweep, monkeypatch):
+    point = small(torch.float32)
+    optimizer = train(method, point, 1, restore=restore, lr=0.0)
+    before = copy.deepcopy(point)
+    middle = optimizer.pieces()[2]
+    calls, move = [], middle.move
+
+    def move_then_signal(*args):
+        move(*args)
+        calls.append(1)
+        if len(calls) == sweep:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(middle, "move", move_then_signal)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(lambda: loss_of(point))
+    assert len(calls) >= sweep
+    assert signal.getsignal(signal.SIGINT) is handler
+    for name in point:
+        torch.testing.assert_close(point[name], before[name], rtol=0, atol=1e-6)
+
+
+def test_a_parameter_moves_as_long_as_it_is_trained():
+    point = small(torch.float32)
+    point["b.weight"].requires_grad_(False)
+    optimizer = train("TeZO", point, 1)
+    moves = []
+    for frozen, trained in (("a.weight", "b.weight"), ("b.weight", "a.weight")):
+        point[frozen].requires_grad_(False)
+        point[trained].requires_grad_(True)
+        before = copy.deepcopy(point)
+        train("TeZO", point, 2, optimizer=optimizer)
+        moves.append([torch.equal(point[name], before[name]) for name in (frozen, trained)])
+    assert moves == [[True, False], [True, False]]
+
+
+@every
 def test_probes_of_parts_add_up_to_the_whole(method):
     """Micro-batches of unequal size, weighed by it."""
     data = torch.randn(6, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -583,6 +753,38 @@ def test_automatic_ranks_are_the_smallest_numeric_rank_of_a_block():
     assert numeric_rank(of_rank(20, 16, 1).data, TeZOOptions(rank="auto")) == 1
 
 
+def test_blocks_of_two_stacks_have_ranks_of_their_own():
+    flat, full = torch.outer(torch.ones(8), torch.arange(1.0, 9.0)), torch.eye(8)
+    point = {
+        "encoder.block.0.q.weight": nn.Parameter(flat.clone()),
+        "encoder.block.0.layer.1.up.weight": nn.Parameter(full.clone()),
+        "decoder.block.0.q.weight": nn.Parameter(full.clone()),
+    }
+    optimizer = TeZO(point.items(), 0.1, rank="auto")
+    assert [piece.rank for piece in optimizer.pieces()] == [1, 1, 8]
+
+
+def test_zeros_have_no_say_in_automatic_ranks(caplog):
+    torch.manual_seed(0)
+    point = {
+        "layers.0.lora_A.weight": nn.Parameter(torch.eye(4, 12)),
+        "layers.0.lora_B.weight": nn.Parameter(torch.zeros(12, 4)),
+        "layers.1.experts": nn.Parameter(torch.stack([torch.zeros(6, 6), torch.eye(6)])),
+        "gate.weight": nn.Parameter(torch.zeros(9, 9)),
+    }
+    with caplog.at_level(logging.WARNING):
+        optimizer = TeZO(point.items(), 0.1, rank="auto", max_rank=7)
+        assert [piece.rank for piece in optimizer.pieces()] == [4, 4, 6, 7]
+    assert "gate.weight and what else is in its block are all zeros" in caplog.text
+    assert "lora_B" not in caplog.text
+
+
+def test_one_pattern_needs_no_brackets():
+    point = {"m.moe": nn.Parameter(torch.randn(2, 4, 5)), "e": nn.Parameter(torch.randn(3, 4, 5))}
+    optimizer = TeZO(point.items(), 0.1, rank=2, stacked="*moe*")
+    assert [piece.value.shape for piece in optimizer.pieces()] == [(2, 4, 5), (1, 3, 20)]
+
+
 def test_ranks_by_pattern_and_below_the_sides(caplog):
     point = {"a.weight": nn.Parameter(torch.randn(6, 5)), "b.weight": nn.Parameter(torch.randn(4, 7))}
     with caplog.at_level(logging.WARNING):
@@ -652,6 +854,41 @@ def test_an_exported_adapter_is_the_trained_model(kind, tmp_path):
         torch.testing.assert_close(merged.get_parameter(name), p, rtol=0, atol=1e-6)
         moved = max(moved, float((p - start.get_parameter(name)).detach().abs().max()))
     assert moved > 1e-3
+
+
+def test_an_adapter_has_the_ranks_of_its_own_layers_and_needs_no_names(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ModuleDict({"fc": nn.Linear(8, 8, bias=False)})
+            self.fc = nn.Linear(8, 8, bias=False)
+
+        def forward(self, x):
+            return self.fc(torch.tanh(self.inner["fc"](x)))
+
+    trained, base = Net(), Net()
+    base.load_state_dict(trained.state_dict())
+    groups = [{"params": [trained.fc.weight], "rank": 2}, {"params": list(trained.inner.parameters())}]
+    optimizer = TeZO(groups, 0.05, rank=3)
+    x = torch.randn(16, 8)
+    for _ in range(3):
+        optimizer.step(lambda: trained(x).square().mean())
+    write_adapter(optimizer, trained, tmp_path / "adapter")
+    merged = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    for name, p in trained.named_parameters():
+        torch.testing.assert_close(merged.get_parameter(name), p, rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match="param_0: is no parameter of this model"):
+        write_adapter(optimizer, Net(), tmp_path / "other")
+
+
+def test_what_was_frozen_after_training_is_not_lost_in_an_adapter():
+    point = {"a": nn.Parameter(torch.ones(4, 4)), "b": nn.Parameter(torch.ones(4, 4))}
+    optimizer = train("TeZO", point, 1, optimizer=TeZO(point.items(), 0.1, rank=2))
+    point["a"].requires_grad_(False)
+    with pytest.raises(InputError, match="a: was frozen after it was trained"):
+        changes(optimizer)
 
 
 @pytest.mark.parametrize(
@@ -753,6 +990,11 @@ def test_no_two_purposes_share_a_generator():
         (lambda p: TeZO(p, rho=0.0), "rho: expected above 0 and finite, got 0.0"),
         (lambda p: TeZO(p, rho=math.nan), "rho: expected above 0"),
         (lambda p: TeZO(p, betas=(0.9, 1.0)), r"betas: expected two numbers in \[0, 1\)"),
+        (lambda p: TeZO(p, betas=0.9), r"betas: expected two numbers in \[0, 1\), got 0.9"),
+        (lambda p: TeZOAdam(p, eps=0.0), "eps: expected above 0 and finite, got 0.0"),
+        (lambda p: TeZO(p, "a"), "lr: expected at least 0 and finite, got 'a'"),
+        (lambda p: TeZO(p, rho=None), "rho: expected above 0 and finite, got None"),
+        (lambda p: TeZO(p, seed="x"), "seed: expected a whole number, got 'x'"),
         (lambda p: TeZO(p, -1.0), "lr: expected at least 0 and finite, got -1.0"),
         (lambda p: TeZO(p, weight_decay=-0.1), "weight_decay: expected at least 0"),
         (
@@ -823,9 +1065,9 @@ def test_a_weight_of_a_batch_must_be_positive():
 
 
 def test_parameters_that_cannot_move_are_named():
-    numbers = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(InputError, match=r"TeZO: q.weight is torch.int8: probes can't move it; train"):
-        TeZO([("q.weight", numbers)])
+    turning = nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))
+    with pytest.raises(InputError, match=r"TeZO: q.weight is torch.complex64: probes move floating-point"):
+        TeZO([("q.weight", turning)])
     flat = nn.Parameter(torch.ones(4))
     flat.ds_id = 1
     with pytest.raises(
@@ -838,6 +1080,16 @@ def test_parameters_that_cannot_move_are_named():
         TeZO([("b", nn.Parameter(torch.ones(2)))], freeze_1d=True)
 
 
+def test_a_frozen_base_of_whole_numbers_is_let_be():
+    numbers = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
+    numbers.ds_id = 1
+    adapter = nn.Parameter(torch.ones(2, 2))
+    optimizer = TeZO([("q.weight", numbers), ("q.lora", adapter)], 0.1, rank=1)
+    optimizer.step(lambda: (numbers + adapter).square().sum())
+    assert [piece.name for piece in optimizer.pieces()] == ["q.lora"]
+    assert not torch.equal(adapter, torch.ones(2, 2))
+
+
 def test_branches_need_the_model():
     with pytest.raises(InputError, match=r'restore="branch" adds to .*: give it `model=model`'):
         TeZO(small().items(), restore="branch").step(lambda: 1.0)
@@ -848,23 +1100,65 @@ def test_branches_need_the_model():
     [
         (
             lambda p: TeZO(p, 0.01, rank=2),
-            r"a.weight: the saved state has shape \[1, 6, 5\] and rank 3, here",
+            r"a.weight, shape \[6, 5\]: the saved state has rank 3, here it is 2",
         ),
-        (
-            lambda p: TeZOAdam(p, 0.01, rank=3),
-            "a.weight: the saved state has no running mean; variant",
-        ),
-        (lambda p: MeZO(p, 0.01), "a.weight: the saved state has shape"),
+        (lambda p: TeZOAdam(p, 0.01, rank=3), "variant: the saved state has 'sgd', here it is 'adam'"),
+        (lambda p: TeZO(p, 0.01, rank=3, scale="paper"), "scale: the saved state has 'unit', here it is"),
+        (lambda p: TeZO(p, 0.01, rank=3, refresh_interval=4), "refresh_interval: the saved state has None"),
+        (lambda p: TeZO(p, 0.01, rank=3, stacked="c"), r"stacked: the saved state has \['\*expert\*'\]"),
+        (lambda p: MeZO(p, 0.01), "MeZO: the saved state is of `tezo`, this is `mezo`"),
+        (lambda p: LOZO(p, 0.01, rank=3), "the saved state is of `tezo`, this is `lozo`"),
+        (lambda p: TeZO([w for _, w in p], 0.01, rank=3), "param_0: the saved state has a.weight in its"),
+        (lambda p: TeZO(list(p)[:3], 0.01, rank=3), "has 5 parameters, here there are 3"),
     ],
 )
 def test_a_state_of_another_run_is_refused(other, message):
-    point = small()
-    saved = train("TeZO", point, 1).state_dict()
+    saved = train("TeZO", small(), 1).state_dict()
+    optimizer = other(small().items())
+    before = optimizer.state_dict()
     with pytest.raises(InputError, match=message):
-        other(point.items()).load_state_dict(saved)
-    wider = {**small(), "a.weight": nn.Parameter(torch.ones(6, 9, dtype=torch.float64))}
-    with pytest.raises(InputError, match=r"shape \[1, 6, 5\] and rank 3, here it is shape \[1, 6, 9\]"):
-        made("TeZO", wider).load_state_dict(saved)
+        optimizer.load_state_dict(saved)
+    assert optimizer.state_dict() == before
+
+
+@every
+@pytest.mark.parametrize(("name", "shape"), [("a.bias", (3,)), ("a.weight", (5, 5))])
+def test_a_state_of_other_shapes_is_refused(method, name, shape):
+    saved = train(method, small(), 1).state_dict()
+    other = {**small(), name: nn.Parameter(torch.ones(shape, dtype=torch.float64))}
+    was = re.escape(str(list(small()[name].shape)))
+    with pytest.raises(InputError, match=f"{name}: the saved state has shape {was}, here"):
+        made(method, other).load_state_dict(saved)
+
+
+def test_a_state_of_another_family_is_refused():
+    point = small()
+    adam = torch.optim.AdamW(point.values(), 0.01)
+    loss_of(point).backward()
+    adam.step()
+    with pytest.raises(InputError, match="MeZOAdam: the saved state is not of this family"):
+        MeZOAdam(point.items(), 0.01).load_state_dict(adam.state_dict())
+
+
+def test_a_loaded_run_counts_on_and_forgets_probes_of_the_run_before():
+    whole, point = small(), small()
+    runs = [train("TeZO", whole, 1), train("TeZO", point, 1)]
+    for run in runs:
+        run.step(lambda: math.nan)
+    runs[1].probe(lambda: 1e6 * loss_of(point))
+    other = made("TeZO", point)
+    for run in (runs[1], other):
+        run.load_state_dict(runs[0].state_dict())
+        assert run.skipped_steps == 1
+    train("TeZO", whole, 1, optimizer=runs[0])
+    train("TeZO", point, 1, optimizer=runs[1])
+    for name in whole:
+        torch.testing.assert_close(point[name], whole[name])
+
+
+def test_an_optimizer_is_not_copied_without_its_model():
+    with pytest.raises(InputError, match="TeZO: can't be copied or pickled"):
+        copy.deepcopy(made("TeZO", small()))
 
 
 def test_what_is_hardly_meant_is_told_once(caplog):
@@ -910,6 +1204,65 @@ def test_groups_have_their_own_rates_and_schedulers_work():
     before = copy.deepcopy(point)
     optimizer.step(lambda: loss_of(both))
     torch.testing.assert_close(point["b.weight"], before["b.weight"])
+
+
+def test_groups_have_their_own_ranks():
+    point = small(torch.float32)
+    groups = [
+        {"params": [("a.weight", point["a.weight"])], "rank": 1},
+        {"params": [("b.weight", point["b.weight"])], "rank": {"b*": 2}},
+        {"params": [("m.experts", point["m.experts"]), ("c", point["c"])]},
+    ]
+    for kind in (TeZO, LOZO):
+        point_groups = groups if kind is TeZO else groups[:1] + groups[2:]
+        optimizer = kind(point_groups, 0.1, rank=3)
+        wanted = {"a.weight": 1, "b.weight": 2, "m.experts": 3, "c": 3}
+        for piece in optimizer.pieces():
+            assert piece.rank == wanted[piece.name]
+            left, right = piece.product(0, 1.0)
+            assert left.shape[-1] == right.shape[-1] == wanted[piece.name]
+    saved = TeZO(groups, 0.1, rank=3)
+    train("TeZO", point, 1, optimizer=saved)
+    TeZO(groups, 0.1, rank=3).load_state_dict(saved.state_dict())
+    with pytest.raises(InputError, match=r"a.weight, .* rank 1, here it is 2"):
+        TeZO([{**groups[0], "rank": 2}, *groups[1:]], 0.1).load_state_dict(saved.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "message"),
+    [
+        (TeZO, {"rnk": 2}, "rnk: groups have no such key, expected lr, .* or rank; did you mean `rank`"),
+        (MeZO, {"rank": 2}, "MeZO: parameter group 1: rank: groups have no such key, expected lr, rho or"),
+        (TeZO, {"seed": 2}, "seed: groups have no such key"),
+        (TeZO, {"rank": 0}, "TeZO: parameter group 1: rank: expected a whole number of at least 1"),
+        (LOZO, {"rank": "auto"}, "rank: expected a whole number of at least 1, got 'auto'"),
+        (TeZO, {"rho": 0}, "rho: expected above 0 and finite, got 0"),
+        (TeZO, {"rho": -1e-3}, "rho: expected above 0 and finite"),
+        (TeZO, {"lr": -1.0}, "lr: expected at least 0 and finite"),
+        (TeZO, {"weight_decay": -1.0}, "weight_decay: expected at least 0"),
+    ],
+)
+def test_what_a_group_cannot_have_is_named(kind, more, message):
+    point = small()
+    groups = [
+        {"params": [("a.weight", point["a.weight"])]},
+        {"params": [("b.weight", point["b.weight"])], **more},
+    ]
+    with pytest.raises(InputError, match=message):
+        kind(groups)
+    late = kind(groups[:1])
+    with pytest.raises(InputError, match=message):
+        late.add_param_group(groups[1])
+
+
+def test_a_rho_that_becomes_nothing_is_named_before_anything_moves():
+    point = small()
+    optimizer = train("TeZO", point, 1)
+    before = copy.deepcopy(point)
+    optimizer.param_groups[0]["rho"] = 0.0
+    with pytest.raises(InputError, match="rho: expected above 0"):
+        optimizer.step(lambda: loss_of(point))
+    assert all(torch.equal(point[name], before[name]) for name in point)
 
 
 def test_a_group_that_comes_later_goes_on_at_the_same_step():

@@ -27,9 +27,11 @@ def test_a_step_sends_one_row_of_numbers_and_nothing_else(ranks, method):
         assert results[f"sent {method}"] == [("all_gather", 4)] * STEPS
 
 
-def test_processes_with_different_seeds_are_told_before_anything_changes(ranks):
+@pytest.mark.parametrize("odd", ["seed", "rank", "rank of one matrix", "variant", "rho", "lr", "method"])
+def test_processes_that_would_go_apart_are_told_before_anything_changes(ranks, odd):
     for results in ranks:
-        assert results["odd"] == "TeZO: processes differ in seed, step or parameters; nothing was changed"
+        said = results["odd"].get(odd, "")
+        assert "processes differ in method, options, rates, step or parameters; nothing was changed" in said
         assert results["untouched"] < 1e-12
 
 

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 from weightsmith.errors import InputError
 from weightsmith.training import LOZO, MeZO, TeZO, TeZOAdam, ZOTrainer
 from weightsmith.training.lightsam.trainer import SAMTrainerMixin
+from weightsmith.training.tezo.trainer import zeroth_order_optimizer
 
 MAKERS = {
     "TeZO": lambda params: TeZO(params, 0.05, rank=2),
@@ -166,7 +167,7 @@ def test_a_loss_scaler_that_waits_for_gradients_is_let_go(tmp_path):
 
     class Scaled(ZOTrainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
-            if not hasattr(self, "_waiting"):
+            if self._waiting is None:
                 self.optimizer.scaler = torch.amp.GradScaler("cpu")
             return super().training_step(model, inputs, num_items_in_batch)
 
@@ -174,6 +175,48 @@ def test_a_loss_scaler_that_waits_for_gradients_is_let_go(tmp_path):
     plain = run(tmp_path, MAKERS["TeZO"])
     for name, weight in plain.model.named_parameters():
         assert torch.equal(weight, trainer.model.get_parameter(name))
+
+
+@pytest.mark.parametrize("broken", [1, 2, 3])
+def test_a_training_begins_without_what_an_interrupted_one_left(tmp_path, broken):
+    """Broken off between two micro-batches, and between the probes and their step."""
+
+    class Breaking(ZOTrainer):
+        breaks_after = 0
+        prepared = 0
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self.breaks_after -= 1
+            if self.breaks_after == 0:
+                raise KeyboardInterrupt
+            return loss
+
+        def _prepare_for_probes(self):
+            self.prepared += 1
+            super()._prepare_for_probes()
+
+    trainers = []
+    for interrupted in (True, False):
+        model = Net()
+        trainer = Breaking(
+            model,
+            arguments(tmp_path, gradient_accumulation_steps=2, max_steps=2, save_strategy="no"),
+            train_dataset=data(),
+            optimizers=(MAKERS["TeZO"](model.parameters()), None),
+        )
+        trainers.append(trainer)
+        if interrupted:
+            trainer.breaks_after = broken
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+            model.load_state_dict(Net().state_dict())
+            zeroth_order_optimizer(trainer.optimizer).param_groups[0]["step"] = 0
+        torch.manual_seed(7)  # order of the data
+        trainer.train()
+        assert trainer.prepared == 1 + interrupted
+    for name, weight in trainers[0].model.named_parameters():
+        torch.testing.assert_close(weight, trainers[1].model.get_parameter(name), rtol=1e-9, atol=1e-12)
 
 
 def test_a_language_model_with_token_counts_steps_as_on_one_large_batch(tmp_path):

@@ -8,6 +8,7 @@ takes signs, which leaves that span.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from weightsmith.errors import CheckpointError, InputError, require
 from weightsmith.runs.atomic import system_faults
 from weightsmith.training.tezo.optimizer import TeZO
-from weightsmith.training.tezo.pieces import CPPiece, DensePiece
+from weightsmith.training.tezo.pieces import CPPiece, DensePiece, Piece
 
 
 @torch.no_grad()
@@ -37,26 +38,33 @@ def changes(optimizer: TeZO) -> dict[str, tuple[Tensor, Tensor]]:
         raise InputError("refresh_interval: changes along factors that were replaced are in the weights only")
     if any(group["weight_decay"] for group in optimizer.param_groups):
         raise InputError("weight_decay: a model whose own weights shrink is no base and an adapter")
-    found = {}
-    for piece in optimizer.pieces():
-        if isinstance(piece, DensePiece):
-            raise InputError(
-                f"{piece.name}: is trained and is no matrix; an adapter can't hold it (freeze_1d=True)"
-            )
-        assert isinstance(piece, CPPiece)
-        if piece.share is not None:
-            raise InputError(
-                f"{piece.name}: is sharded, and an adapter needs all rows; load the optimiser's state into "
-                "one of a whole model"
-            )
-        if len(piece.value) != 1:
-            raise InputError(f"{piece.name}: stacked matrices have no LoRA layers")
-        piece.turn(optimizer.step_count)
-        numbers = piece.state.get("coefficients")
-        numbers = torch.zeros(1, piece.rank) if numbers is None else numbers
-        wide = piece.u[0].float() if piece.u.dtype.itemsize < 4 else piece.u[0]
-        found[piece.name] = (wide * (numbers[0] * piece.factor).to(wide), piece.v[0].to(wide.dtype))
-    return found
+    pieces = optimizer.pieces()
+    trained = {id(optimizer.parameter_of(piece)) for piece in pieces}
+    if any("coefficients" in entry for p, entry in optimizer.state.items() if id(p) not in trained):
+        raise InputError(
+            "a matrix was frozen after it was trained; unfreeze it, as its change is learnt, too"
+        )
+    return {piece.name: _change(optimizer, piece) for piece in pieces}
+
+
+def _change(optimizer: TeZO, piece: Piece) -> tuple[Tensor, Tensor]:
+    if isinstance(piece, DensePiece):
+        raise InputError(
+            f"{piece.name}: is trained and is no matrix; an adapter can't hold it (freeze_1d=True)"
+        )
+    assert isinstance(piece, CPPiece)
+    if piece.share is not None:
+        raise InputError(
+            f"{piece.name}: is sharded, and an adapter needs all rows; load the optimiser's state into "
+            "one of a whole model"
+        )
+    if len(piece.value) != 1:
+        raise InputError(f"{piece.name}: stacked matrices have no LoRA layers")
+    piece.turn(optimizer.step_count)
+    numbers = piece.state.get("coefficients")
+    numbers = torch.zeros(1, piece.rank) if numbers is None else numbers
+    left, right = piece.u[0].to(piece.wide), piece.v[0].to(piece.wide)
+    return left * (numbers[0] * piece.factor).to(left), right
 
 
 def write_adapter(optimizer: TeZO, model: nn.Module, folder: str | Path, *, base: str | None = None) -> Path:
@@ -69,7 +77,7 @@ def write_adapter(optimizer: TeZO, model: nn.Module, folder: str | Path, *, base
         base: Name or folder of the model that training began with, for the adapter's configuration.
 
     Raises:
-        InputError: as `changes`; a matrix of a module that LoRA doesn't know, or of two.
+        InputError: as `changes`; a matrix of another model, of a module that LoRA doesn't know, or of two.
         CheckpointError: `folder` exists.
         MissingExtraError: peft is not installed.
     """
@@ -81,8 +89,9 @@ def write_adapter(optimizer: TeZO, model: nn.Module, folder: str | Path, *, base
         raise CheckpointError(f"{folder}: exists already; nothing was written")
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
+    parameters = {piece.name: optimizer.parameter_of(piece) for piece in optimizer.pieces()}
     for name, (left, right) in changes(optimizer).items():
-        module, layer = _home(model, name)
+        module, layer = _home(model, name, parameters[name])
         ranks[module] = left.shape[1]
         prefix = f"base_model.model.{module}.lora_"
         if isinstance(layer, nn.Embedding):
@@ -92,12 +101,14 @@ def write_adapter(optimizer: TeZO, model: nn.Module, folder: str | Path, *, base
         else:
             tensors |= {f"{prefix}A.weight": right.T, f"{prefix}B.weight": left}
     most = max(ranks.values())
+    # PEFT takes a pattern for the end of a name unless it is told where to begin.
+    others = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != most}
     config = peft.LoraConfig(
         r=most,
         lora_alpha=most,
         target_modules=sorted(ranks),
-        rank_pattern={module: rank for module, rank in ranks.items() if rank != most},
-        alpha_pattern={module: rank for module, rank in ranks.items() if rank != most},
+        rank_pattern=others,
+        alpha_pattern=dict(others),
         base_model_name_or_path=base,
         inference_mode=True,
     )
@@ -114,14 +125,15 @@ def write_adapter(optimizer: TeZO, model: nn.Module, folder: str | Path, *, base
     return folder
 
 
-def _home(model: nn.Module, name: str) -> tuple[str, nn.Module]:
+def _home(model: nn.Module, name: str, parameter: Tensor) -> tuple[str, nn.Module]:
     """The module of a parameter, and its name."""
-    parameter = model.get_parameter(name)
     homes = [
         (path, module)
         for path, module in model.named_modules()
         if any(own is parameter for own in module._parameters.values())
     ]
+    if not homes:
+        raise InputError(f"{name}: is no parameter of this model; give the one that was trained")
     if len(homes) > 1:
         raise InputError(
             f"{name}: is shared by {' and '.join(path for path, _ in homes)}; an adapter would change only "

@@ -1,4 +1,4 @@
-"""Which parameters move, as what, and whether a saved state is one of them."""
+"""Which parameters move, as what, and whether a saved state has their ranks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from torch import Tensor
 from weightsmith.errors import InputError
 from weightsmith.training.sharded import local
 from weightsmith.training.tezo.noise import StepVectors
-from weightsmith.training.tezo.options import LOZOOptions, TeZOOptions, ZerothOrderOptions
+from weightsmith.training.tezo.options import LOZOOptions, TeZOOptions, ZerothOrderOptions, options_of
 from weightsmith.training.tezo.pieces import CPPiece, DensePiece, LazyPiece, Piece
 from weightsmith.training.tezo.ranks import Matrix, chosen_ranks
 from weightsmith.training.tezo.shares import Share, share_of, whole_shape
-
-_AVERAGES = {"sgd": (), "momentum": ("mean",), "adam": ("mean", "square"), "lion": ("mean",)}
 
 
 class Moving(NamedTuple):
@@ -55,12 +53,14 @@ def moving(
     seen = set()
     for group in groups:
         for parameter in group["params"]:
+            if not parameter.requires_grad or not parameter.numel():
+                continue
             name = names[id(parameter)]
             _refuse_what_cannot_move(parameter, name)
-            share = share_of(parameter.detach(), name, options)
+            share = share_of(parameter.detach(), name, options_of(group, options))
             address = id(parameter) if share else parameter.data_ptr()  # a share may be empty
             place = (address, parameter.shape, parameter.stride())
-            if not parameter.requires_grad or not parameter.numel() or place in seen:
+            if place in seen:
                 continue
             if parameter.device.type != "meta":
                 seen.add(place)
@@ -78,17 +78,17 @@ def make_pieces(
 ) -> list[Piece]:
     """A piece for each parameter, with the ranks of its saved state where there are any."""
     seed = members[0].group["seed"]
-    matrices = _whole_matrices(members)
+    matrices = [member for member in members if member.matrices is not None]
     saved = {m.name: states[m.parameter]["rank"] for m in members if "rank" in states[m.parameter]}
-    known = all(matrix.name in saved for matrix in matrices)
-    ranks = saved if known else _ranks(matrices, options) | saved
+    known = all(member.name in saved for member in matrices)
+    ranks = saved if known else _ranks(members, options) | saved
     vectors = StepVectors(
-        [matrix.name for matrix in matrices],
-        [len(matrix.value) * ranks[matrix.name] for matrix in matrices],
-        [member.parameter.device for member in members if member.matrices is not None],
+        [member.name for member in matrices],
+        [len(member.matrices) * ranks[member.name] for member in matrices],  # pyrefly: ignore
+        [member.parameter.device for member in matrices],
         seed,
     )
-    places = {matrix.name: place for place, matrix in enumerate(matrices)}
+    places = {member.name: place for place, member in enumerate(matrices)}
     pieces: list[Piece] = []
     for name, parameter, _, found, share in members:
         state = states[parameter]
@@ -105,7 +105,7 @@ def make_pieces(
 def check_state(
     members: Sequence[Moving], entries: Mapping[int, Mapping[str, Any]], options: ZerothOrderOptions
 ) -> None:
-    """Refuse a state of other parameters, ranks or variants.
+    """Refuse a state of other ranks.
 
     Args:
         members: The parameters of this run.
@@ -115,49 +115,42 @@ def check_state(
     Raises:
         InputError: names the parameter, what was saved and what is here.
     """
-    matrices = _whole_matrices(members)
     # An automatic rank belongs to the weights that a run began with.
-    fixed = getattr(options, "rank", "auto") != "auto"
-    expected = _ranks(matrices, options) if fixed else {}
-    wanted = _AVERAGES[options.variant]
+    fixed = [m for m in members if getattr(options_of(m.group, options), "rank", "auto") != "auto"]
+    expected = _ranks(fixed, options)
     for member in members:
-        name, parameter, whole = member.name, member.parameter, member.whole
-        entry = entries[id(parameter)]
-        if not entry:
-            continue
-        shape = None if whole is None else list(whole)
-        rank = expected.get(name, entry.get("rank")) if shape else None
-        if (entry.get("shape"), entry.get("rank")) != (shape, rank):
+        name, entry = member.name, entries[id(member.parameter)]
+        rank = None if member.matrices is None else expected.get(name, entry.get("rank"))
+        if entry and entry.get("rank") != rank:
+            shape = list(member.parameter.shape)
             raise InputError(
-                f"{name}: the saved state has shape {entry.get('shape')} and rank {entry.get('rank')}, here "
-                f"it is shape {shape or list(parameter.shape)} and rank {rank}"
+                f"{name}, shape {shape}: the saved state has rank {entry.get('rank')}, here it is {rank}"
             )
-        has = tuple(key for key in ("mean", "square") if key in entry)
-        if has != wanted and (has or "coefficients" in entry):
-            raise InputError(
-                f"{name}: the saved state has {' and '.join(has) or 'no running mean'}; variant "
-                f"`{options.variant}` has {' and '.join(wanted) or 'no running mean'}"
-            )
-
-
-def _whole_matrices(members: Sequence[Moving]) -> list[Matrix]:
-    """Matrices that ranks are chosen for; of sharded ones the shape alone."""
-    return [
-        Matrix(
-            member.name, member.matrices if member.share is None else torch.empty(member.whole, device="meta")
-        )
-        for member in members
-        if member.matrices is not None and member.whole is not None
-    ]
 
 
 @torch.no_grad()
-def _ranks(matrices: Sequence[Matrix], options: ZerothOrderOptions) -> dict[str, int]:
-    if isinstance(options, LOZOOptions):
-        return {name: min(options.rank, *value.shape[-2:]) for name, value in matrices}
-    if isinstance(options, TeZOOptions) and matrices:
-        return chosen_ranks(matrices, options)
-    return {}
+def _ranks(members: Sequence[Moving], options: ZerothOrderOptions) -> dict[str, int]:
+    """Rank by name; groups without one of their own share the rule of the options."""
+    together: dict[int | None, list[Moving]] = {}
+    for member in members:
+        if member.matrices is not None:
+            together.setdefault(id(member.group) if "rank" in member.group else None, []).append(member)
+    found: dict[str, int] = {}
+    for these in together.values():
+        rule = options_of(these[0].group, options)
+        if isinstance(rule, LOZOOptions):
+            found |= {m.name: min(rule.rank, *m.whole[-2:]) for m in these}  # pyrefly: ignore
+        elif isinstance(rule, TeZOOptions):
+            found |= chosen_ranks([_whole_matrix(member) for member in these], rule)
+    return found
+
+
+def _whole_matrix(member: Moving) -> Matrix:
+    """What a rank is chosen for; of a sharded parameter the shape alone."""
+    assert member.matrices is not None
+    assert member.whole is not None
+    here = member.share is None
+    return Matrix(member.name, member.matrices if here else torch.empty(member.whole, device="meta"))
 
 
 def _matrices(
@@ -186,5 +179,6 @@ def _refuse_what_cannot_move(parameter: Tensor, name: str) -> None:
         )
     if not parameter.is_floating_point():
         raise InputError(
-            f"{name} is {parameter.dtype}: probes can't move it; train adapters (LoRA) on top of it"
+            f"{name} is {parameter.dtype}: probes move floating-point weights; freeze it, or train adapters "
+            "(LoRA) on top of it"
         )

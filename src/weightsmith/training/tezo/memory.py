@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from weightsmith.training.tezo.pieces import CPPiece, DensePiece, LazyPiece, Piece, block_size
+from weightsmith.training.tezo.pieces import CPPiece, DensePiece, LazyPiece, LowRankPiece, Piece, block_size
 from weightsmith.training.tezo.zeroth_order import ZerothOrder
 
 
@@ -88,4 +88,7 @@ def _temporary(piece: Piece) -> int:
         return 4 * (size if piece.value.is_contiguous() else piece.value.numel())
     rows, columns = piece.value.shape[-2:]
     blocks = 2 * 4 * max(size, columns) if piece.options.variant in ("adam", "lion") else 0
-    return blocks + 4 * rows * piece.rank * (4 if blocks else 2)  # pyrefly: ignore[missing-attribute]
+    assert isinstance(piece, LowRankPiece)
+    widened = columns * piece.rank * piece.product_dtype.itemsize
+    widened = 0 if piece.factor_dtype == piece.product_dtype else widened
+    return blocks + widened + 4 * rows * piece.rank * (4 if blocks else 2)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from weightsmith.errors import InputError, nearest
@@ -62,14 +64,19 @@ class ZerothOrderOptions:
     restores: ClassVar[tuple[str, ...]] = ("inplace", "snapshot", "branch")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
+        if isinstance(self.betas, list):
+            object.__setattr__(self, "betas", tuple(self.betas))
         _one_of("variant", self.variant, self.variants)
         _one_of("restore", self.restore, self.restores)
-        _expect("rho", self.rho, 0 < self.rho < math.inf, "above 0 and finite")
-        right = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        check_rates({"rho": self.rho})
+        pair = isinstance(self.betas, tuple) and len(self.betas) == 2
+        right = pair and all(0 <= _number(beta) < 1 for beta in self.betas)
         _expect("betas", self.betas, right, "two numbers in [0, 1)")
-        _expect("eps", self.eps, 0 <= self.eps < math.inf, "at least 0 and finite")
-        _expect("clip", self.clip, self.clip is None or 0 < self.clip < math.inf, "above 0 and finite")
+        _expect("eps", self.eps, 0 < _number(self.eps) < math.inf, "above 0 and finite")
+        bounds = self.clip is None or 0 < _number(self.clip) < math.inf
+        _expect("clip", self.clip, bounds, "above 0 and finite")
+        whole = isinstance(self.seed, Integral) and not isinstance(self.seed, bool)
+        _expect("seed", self.seed, self.seed is None or whole, "a whole number")
 
     def optimizer(self, params: Any, *, lr: float | None = None, **more: Any) -> ZerothOrder:
         """The optimiser with these options."""
@@ -110,7 +117,8 @@ class _LowRankOptions(ZerothOrderOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("scale", self.scale, ("unit", "paper"))
-        object.__setattr__(self, "stacked", tuple(self.stacked))
+        patterns = (self.stacked,) if isinstance(self.stacked, str) else tuple(self.stacked)
+        object.__setattr__(self, "stacked", patterns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +155,7 @@ class TeZOOptions(_LowRankOptions):
                 _expect(f"rank: {pattern}", rank, _is_count(rank), "a whole number of at least 1")
         elif self.rank != "auto":
             _expect("rank", self.rank, _is_count(self.rank), "a whole number of at least 1, patterns or auto")
-        _expect("rank_threshold", self.rank_threshold, 0 <= self.rank_threshold < 1, "in [0, 1)")
+        _expect("rank_threshold", self.rank_threshold, 0 <= _number(self.rank_threshold) < 1, "in [0, 1)")
         _expect("min_rank", self.min_rank, _is_count(self.min_rank), "a whole number of at least 1")
         most = _is_count(self.max_rank) and self.max_rank >= self.min_rank
         _expect("max_rank", self.max_rank, most, f"a whole number of at least min_rank ({self.min_rank})")
@@ -215,16 +223,54 @@ def without_effect(options: ZerothOrderOptions, given: Mapping[str, Any]) -> dic
     return found
 
 
-def check_rates(lr: float, weight_decay: float) -> None:
-    """Refuse a learning rate or weight decay that is negative or not finite."""
-    _expect("lr", lr, 0 <= lr < math.inf, "at least 0 and finite")
-    _expect("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "at least 0 and finite")
+def check_rates(rates: Mapping[str, Any]) -> None:
+    """Refuse a learning rate, weight decay or rho that is out of range, as far as they are there.
+
+    Raises:
+        InputError: names the value.
+    """
+    for key in ("lr", "weight_decay"):
+        if key in rates:
+            _expect(key, rates[key], 0 <= _number(rates[key]) < math.inf, "at least 0 and finite")
+    if "rho" in rates:
+        _expect("rho", rates["rho"], 0 < _number(rates["rho"]) < math.inf, "above 0 and finite")
+
+
+def check_group(group: Mapping[str, Any], options: ZerothOrderOptions) -> None:
+    """Refuse what a parameter group can't have of its own, or not with this value.
+
+    Raises:
+        InputError: names the key.
+    """
+    own = ("lr", "rho", "weight_decay", *(("rank",) if isinstance(options, _LowRankOptions) else ()))
+    for key in group:
+        if key not in (*own, "params", "param_names", "initial_lr"):
+            expected = f"{', '.join(own[:-1])} or {own[-1]}"
+            raise InputError(f"{key}: groups have no such key, expected {expected}{nearest(str(key), own)}")
+    check_rates(group)
+    options_of(group, options)
+
+
+def options_of(group: Mapping[str, Any], options: ZerothOrderOptions) -> ZerothOrderOptions:
+    """The options with a parameter group's own rank."""
+    if "rank" not in group:
+        return options
+    assert isinstance(options, TeZOOptions | LOZOOptions)
+    return dataclasses.replace(options, rank=group["rank"])
 
 
 def _values(options: ZerothOrderOptions) -> dict[str, Any]:
-    import dataclasses
-
     return {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(options)}
+
+
+def _number(value: Any) -> float:
+    """The value, or where it is no number the one that no range holds."""
+    if isinstance(value, bool | str | bytes):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
 
 
 def _is_count(value: object) -> bool:

@@ -58,6 +58,9 @@ class Piece:
         options: The optimiser's.
         seed: Of its directions.
         share: Which rows `value` is, where other processes hold others.
+
+    Attributes:
+        offset: Multiple of the step's direction by which a probe has moved the weights.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Piece:
     ) -> None:
         self.name, self.value, self.state, self.options, self.seed = name, value, state, options, seed
         self.share = share
+        self.offset = 0.0
         # Running sums lose small terms in 16 bits.
         self.wide = torch.float32 if value.dtype.itemsize < 4 else value.dtype
 
@@ -215,8 +219,9 @@ class LowRankPiece(Piece):
         self.epoch: int | None = None
         chosen = options.factor_dtype if isinstance(options, TeZOOptions) else None
         self.factor_dtype = getattr(torch, chosen) if chosen else matrices.dtype
+        # A step is small beside the undoing in the same product: rounded no further than the weights are.
+        self.product_dtype = torch.promote_types(self.factor_dtype, matrices.dtype)
         state.setdefault("rank", rank)
-        state.setdefault("shape", list(self.whole_shape))
 
     def product(self, step: int, amount: float) -> tuple[Tensor, Tensor]:
         """(E, M, R) and (E, N, R) whose product is `amount` times the step's direction."""
@@ -302,7 +307,7 @@ class CPPiece(LowRankPiece):
     def product(self, step: int, amount: float) -> tuple[Tensor, Tensor]:
         """(E, M, R) and (E, N, R) whose product is `amount` times the step's direction."""
         self.turn(step)
-        return self._left(self.tau(step).mul(amount)), self.v
+        return self._product(self.tau(step).mul(amount))
 
     def update(self, step: Step) -> None:
         """One step of the variant; means live on tau."""
@@ -319,7 +324,7 @@ class CPPiece(LowRankPiece):
                     self.state["coefficients"] = torch.zeros_like(tau)
             self.state["coefficients"].sub_(along, alpha=step.lr)
         whole = tau.mul(step.undo * (1 - step.decay)).sub_(along, alpha=step.lr)
-        self.add(self._left(whole), self.v, keep=1 - step.decay)
+        self.add(*self._product(whole), keep=1 - step.decay)
 
     def turn(self, step: int) -> None:
         """Draw the factors that hold at a step, where they aren't there; carry running means over to them."""
@@ -352,9 +357,10 @@ class CPPiece(LowRankPiece):
         self.state.pop("updates", None)
         self.state.pop("coefficients", None)
 
-    def _left(self, numbers: Tensor) -> Tensor:
-        """U times (E, R) numbers, and the scale of the directions."""
-        return self.u * numbers.mul(self.factor).to(self.u.dtype)[:, None, :]
+    def _product(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """U times (E, R) numbers and the scale of the directions, and V."""
+        left = self.u.to(self.wide) * numbers.mul(self.factor)[:, None, :]
+        return left.to(self.product_dtype), self.v.to(self.product_dtype)
 
     def _uneven(self, step: Step, along: Tensor, running: list[Tensor]) -> None:
         """Steps that are no multiple of one product: each weight's mean over its root, or its sign."""
@@ -417,8 +423,8 @@ class LazyPiece(LowRankPiece):
         noise = self._noise(step.number)
         gradient = noise.to(self.wide) * step.kappa
         along = self.along(gradient, self.running(gradient.shape))
-        whole = noise.mul(step.undo * (1 - step.decay)).sub_(along.to(noise.dtype), alpha=step.lr)
-        self.add(whole.mul_(self.factor), self.v, keep=1 - step.decay)
+        whole = noise.to(self.wide).mul(step.undo * (1 - step.decay)).sub_(along, alpha=step.lr)
+        self.add(whole.mul_(self.factor).to(noise.dtype), self.v, keep=1 - step.decay)
 
     def turn(self, step: int) -> None:
         """Draw the V that holds at a step; carry the running mean over to a new one."""

@@ -8,6 +8,7 @@ than the weights it came through, so all matrices of a block take the smallest n
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -15,12 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from weightsmith.checkpoints.names import layer_index, nearest_tensor
+from weightsmith.checkpoints.names import nearest_tensor
 from weightsmith.errors import InputError
 from weightsmith.tensors.spectra import truncated_svd
 from weightsmith.training.tezo.options import TeZOOptions
 
 logger = logging.getLogger(__name__)
+
+_BLOCK = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
+"""A name up to its first number: of the encoder and the decoder the third blocks are two."""
 
 
 class Matrix(NamedTuple):
@@ -70,27 +74,39 @@ def chosen_ranks(matrices: Sequence[Matrix], options: TeZOOptions) -> dict[str, 
 
 def automatic_ranks(matrices: Sequence[Matrix], options: TeZOOptions) -> dict[str, int]:
     """The paper's rule: the smallest numeric rank of a block, in min_rank..max_rank; a matrix outside of
-    blocks has its own.
+    blocks has its own. Zeros, as an adapter begins with, say nothing: they take the rank of their block.
     """
     ranks = {matrix.name: numeric_rank(matrix.value, options) for matrix in matrices}
-    blocks: dict[object, list[str]] = {}
+    blocks: dict[str, list[str]] = {}
     for name in ranks:
-        index = layer_index(name)
-        blocks.setdefault(name if index is None else index, []).append(name)
-    smallest = {name: min(ranks[other] for other in names) for names in blocks.values() for name in names}
-    return {name: max(options.min_rank, rank) for name, rank in smallest.items()}
+        block = _BLOCK.match(name)
+        blocks.setdefault(block.group() if block else name, []).append(name)
+    found: dict[str, int] = {}
+    for names in blocks.values():
+        told = [ranks[name] for name in names if ranks[name]]
+        if not told:
+            logger.warning(
+                "TeZO: %s and what else is in its block are all zeros, which have no rank to go by; they get "
+                "max_rank (%d)",
+                names[0],
+                options.max_rank,
+            )
+        smallest = min(told, default=options.max_rank)
+        found |= dict.fromkeys(names, max(options.min_rank, smallest))
+    return {name: found[name] for name in ranks}
 
 
 @torch.no_grad()
 def numeric_rank(value: Tensor, options: TeZOOptions) -> int:
     """Singular values above `rank_threshold` of the largest, at most `max_rank`; of stacked matrices
-    (..., M, N) the smallest.
+    (..., M, N) the smallest, of zeros alone 0.
     """
     matrices = value.detach().flatten(0, -3) if value.ndim > 2 else value.detach()[None]
     most = min(options.max_rank, *matrices.shape[-2:])
-    found = most
+    found = []
     for matrix in matrices:
         wide = matrix.float() if matrix.dtype.itemsize < 4 else matrix
         values = truncated_svd(wide, most).s
-        found = min(found, int((values > options.rank_threshold * values[0]).sum()))
-    return max(found, 1)
+        if values[0] > 0:
+            found.append(int((values > options.rank_threshold * values[0]).sum()))
+    return min(found, default=0)

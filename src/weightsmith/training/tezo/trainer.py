@@ -34,14 +34,18 @@ class ZOTrainerMixin(_Base):
     gradients, so none is clipped or logged.
     """
 
-    _waiting: list[dict[str, Any]]
+    _waiting: list[dict[str, Any]] | None = None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As the Trainer's; directions are keyed by the model's names for its parameters."""
+        """As the Trainer's; directions are keyed by the model's names for its parameters. Each training asks
+        for it first, so what one before it left half done ends here.
+        """
         made = super().create_optimizer(*args, **kwargs)
         optimizer = zeroth_order_optimizer(self.optimizer)
         if optimizer is not None:
             optimizer.attach(_bare(self.model))
+            optimizer.forget_probes()
+            self._waiting = None
         return made
 
     def training_step(
@@ -58,7 +62,7 @@ class ZOTrainerMixin(_Base):
         optimizer = zeroth_order_optimizer(self.optimizer)
         if optimizer is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        if not hasattr(self, "_waiting"):
+        if self._waiting is None:
             self._waiting = []
             self._prepare_for_probes()
         self._waiting.append(self._prepare_inputs(inputs))

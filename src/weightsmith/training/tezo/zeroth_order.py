@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +21,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from weightsmith.errors import InputError
-from weightsmith.training.lightsam.replay import random_state, running_statistics_kept, set_random_state
+from weightsmith.training.lightsam.replay import (
+    RandomState,
+    random_state,
+    running_statistics_kept,
+    set_random_state,
+)
 from weightsmith.training.names import named_parameters, plain_name
 from weightsmith.training.sharded import local
-from weightsmith.training.tezo.branch import Branches
 from weightsmith.training.tezo.layout import Moving, check_state, make_pieces, moving
 from weightsmith.training.tezo.noise import hashed
 from weightsmith.training.tezo.options import (
@@ -32,9 +36,12 @@ from weightsmith.training.tezo.options import (
     LOZOOptions,
     TeZOOptions,
     ZerothOrderOptions,
+    check_group,
     check_rates,
 )
-from weightsmith.training.tezo.pieces import CPPiece, LowRankPiece, Piece, Step
+from weightsmith.training.tezo.pieces import CPPiece, Piece, Step
+from weightsmith.training.tezo.states import Run, check_run, run_of
+from weightsmith.training.tezo.sweeps import Sweeps, uninterrupted
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +68,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     Args:
         params: As for any optimiser; `model.named_parameters()` keys the directions by name, otherwise places
-            do. Groups may have their own `lr`, `rho` and `weight_decay`.
+            do. Groups may have their own `lr`, `rho`, `weight_decay` and, but for MeZO, `rank`.
         lr: Learning rate; by default one for models of a billion weights.
         options: All else.
         weight_decay: Decoupled decay of what has at least two axes.
@@ -86,22 +93,20 @@ class ZerothOrder(torch.optim.Optimizer):
         save_factors: bool = False,
     ) -> None:
         lr = RATES[options.variant] if lr is None else lr
-        check_rates(lr, weight_decay)
+        check_rates({"lr": lr, "weight_decay": weight_decay})
         self.options = options
         self.maximize = maximize
         self.save_factors = save_factors
         self.last = ZerothOrderStats()
         self.skipped_steps = 0
         self._group = process_group
-        self._pieces: list[tuple[Piece, dict[str, Any], Tensor]] | None = None
+        self._sweeps: Sweeps | None = None
         self._names: dict[int, str] = {}
-        self._branches: Branches | None = None
         self._model = model
         self._told: set[str] = set()
         self._still = 0
-        self._sums = [0.0, 0.0, 0.0]
-        self._offset = 0
-        self._copies: dict[int, Tensor] = {}
+        self.forget_probes()
+        self._trained: list[bool] = []
         self._sharded = False
         defaults = {"lr": lr, "rho": options.rho, "weight_decay": weight_decay}
         defaults["decoupled_weight_decay"] = True
@@ -134,8 +139,10 @@ class ZerothOrder(torch.optim.Optimizer):
             InputError: no closure, a loss that is no number, or a closure that calls backward().
         """
         with torch.no_grad():
-            difference, _ = self._measure(closure, weight)
-            self._go(0)
+            try:
+                difference = self._measure(closure, weight)
+            finally:
+                self._go(0)
         return difference / (2 * self.param_groups[0]["rho"])
 
     @torch.no_grad()
@@ -150,50 +157,25 @@ class ZerothOrder(torch.optim.Optimizer):
             The loss, float64 0-d: mean of the two probes, over all processes.
 
         Raises:
-            InputError: neither a closure nor a probe before; as `probe`; processes that differ in seed, step
-                or parameters.
+            InputError: neither a closure nor a probe before; as `probe`; processes that differ in method,
+                options, rates, step or parameters.
         """
-        if closure is not None:
-            if self._sums[2]:
-                raise InputError(f"{self._name}: step(closure) after probe(); step() ends what probes began")
-            self._measure(closure, weight)
-        elif not self._sums[2]:
-            raise InputError(
-                f"{self._name} needs a closure that returns the loss without calling backward(), or probe() "
-                "before"
-            )
         try:
-            difference, loss = self._agreed()
+            return self._step(closure, weight)
         except BaseException:
             self._go(0)
             raise
-        finally:
-            self._sums = [0.0, 0.0, 0.0]
-        kappa = difference / (2 * self.param_groups[0]["rho"])
-        skipped = not (math.isfinite(difference) and math.isfinite(loss))
-        if skipped:
-            self._go(0)
-            self.skipped_steps += 1
-            self._tell("skip", "a loss is not finite; the step is skipped")
-        else:
-            self._look(difference)
-            self._update(difference)
-        for group in self.param_groups:
-            group["step"] += 1
-        self.last = ZerothOrderStats(loss, kappa, skipped)
-        return torch.tensor(loss, dtype=torch.float64)
 
     def attach(self, model: nn.Module) -> None:
         """Take the names of a model's parameters, and its modules for `restore="branch"`."""
         self._model = model
         self.name_parameters(model.named_parameters())
-        self._branches = None
 
     def name_parameters(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Key directions by these names; before the first step, as other names give other directions."""
-        ours = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        ours = set(map(id, self._parameters()))
         self._names |= {id(parameter): plain_name(name) for name, parameter in named if id(parameter) in ours}
-        self._pieces = None
+        self._sweeps = None
 
     @property
     def step_count(self) -> int:
@@ -202,54 +184,86 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def pieces(self) -> list[Piece]:
         """Parameters in training with their directions."""
-        return [piece for piece, _, _ in self._prepared()]
+        self._follow()
+        return [piece for piece, _, _ in self._prepared().members]
 
     def is_branched(self, piece: Piece) -> bool:
         """Whether probes leave this parameter alone and add to what its modules return."""
-        if self.options.restore != "branch":
-            return False
-        parameter = next(p for other, _, p in self._prepared() if other is piece)
-        return self._branched().holds(parameter)
+        return self._prepared().is_branched(self.parameter_of(piece))
+
+    def name_of(self, parameter: Tensor) -> str:
+        """The name that keys a parameter's directions."""
+        return self._names[id(parameter)]
+
+    def parameter_of(self, piece: Piece) -> Tensor:
+        """The parameter that a piece moves."""
+        return next(parameter for other, _, parameter in self._prepared().members if other is piece)
 
     def state_dict(self) -> dict[str, Any]:
-        """State and groups; factors only with `save_factors`."""
+        """State, groups and what they depend on; factors only with `save_factors`."""
         saved = super().state_dict()
-        if not self.save_factors or self._pieces is None:
+        saved["run"] = self._run() | {"skipped_steps": self.skipped_steps}
+        if not self.save_factors or self._sweeps is None:
             return saved
-        places = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        places = {id(p): i for i, p in enumerate(self._parameters())}
         saved["state"] = {key: dict(entry) for key, entry in saved["state"].items()}
-        for piece, _, parameter in self._pieces:
+        for piece, _, parameter in self._sweeps.members:
             if isinstance(piece, CPPiece) and piece.epoch is not None:
                 saved["state"][places[id(parameter)]] |= {"u": piece.u, "v": piece.v}
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state; the next step is the one that would have followed.
+        """Restore the state; the next step is the one that would have followed. Probes that no step has
+        followed are forgotten.
 
         Raises:
-            InputError: a parameter of another shape or rank, or a state of another variant.
+            InputError: a state of another method or scale, or of parameters with other names, shapes or
+                ranks; nothing was loaded.
         """
-        places = [key for group in state_dict["param_groups"] for key in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        if len(places) == len(parameters):
-            entries = {
-                id(parameter): state_dict["state"].get(key, {})
-                for key, parameter in zip(places, parameters, strict=True)
-            }
-            try:
-                check_state(self._moving(), entries, self.options)
-            except InputError as wrong:
-                raise InputError(f"{self._name}: {wrong}") from wrong
+        parameters, members = self._parameters(), self._moving()
+        try:
+            check_run(state_dict, self._run())
+            places = [key for group in state_dict["param_groups"] for key in group["params"]]
+            saved = [state_dict["state"].get(key, {}) for key in places]
+            entries = {id(p): entry for p, entry in zip(parameters, saved, strict=True)}
+            check_state(members, entries, self.options)
+        except InputError as wrong:
+            raise InputError(f"{self._name}: {wrong}") from wrong
         super().load_state_dict(state_dict)
-        for key, parameter in zip(places, parameters, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
+        for parameter, entry in zip(parameters, saved, strict=True):
+            for name, value in entry.items():
                 if isinstance(value, Tensor):  # torch would cast it to the parameter's dtype
                     self.state[parameter][name] = value.to(device=parameter.device, copy=True)
-        self._pieces = None
+        self.skipped_steps = state_dict["run"]["skipped_steps"]
+        self.forget_probes()
+        self._sweeps = None
+
+    def forget_probes(self) -> None:
+        """Drop probes that no step has followed."""
+        self._sums = [0.0, 0.0, 0.0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse copying and pickling, of which torch keeps no more than the groups.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            f"{self._name}: can't be copied or pickled, as its directions belong to its model's parameters; "
+            "make one for the other model and load this one's state_dict()"
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, between steps."""
-        super().add_param_group(param_group)
+        """Add a group, between steps.
+
+        Raises:
+            InputError: a key that groups don't have, or a value out of range.
+        """
+        try:
+            check_group(param_group, self.options)
+        except InputError as wrong:
+            raise InputError(f"{self._name}: parameter group {len(self.param_groups)}: {wrong}") from wrong
+        super().add_param_group(dict(param_group))  # torch writes its defaults into the user's
         if self._names:
             self.param_groups[-1]["step"] = self.step_count
             start = sum(len(group["params"]) for group in self.param_groups[:-1])
@@ -261,19 +275,22 @@ class ZerothOrder(torch.optim.Optimizer):
     def _name(self) -> str:
         return type(self).__name__
 
-    def _prepared(self) -> list[tuple[Piece, dict[str, Any], Tensor]]:
+    def _prepared(self) -> Sweeps:
         """Pieces with their groups and parameters; made anew after anything about parameters has changed."""
-        if self._pieces is None:
+        if self._sweeps is None:
             members = self._moving()
             # An entry for each: what a piece puts into its own is the optimiser's state.
             states = {member.parameter: self.state[member.parameter] for member in members}
             pieces = make_pieces(members, states, self.options)
-            self._pieces = [(p, m.group, m.parameter) for p, m in zip(pieces, members, strict=True)]
-            shapes = ((piece.name, tuple(piece.whole_shape)) for piece in pieces)
-            self._fingerprint = hashed(self.param_groups[0]["seed"], *shapes)
+            triples = [(p, m.group, m.parameter) for p, m in zip(pieces, members, strict=True)]
+            self._sweeps = Sweeps(triples, self.options.restore, self._model)
+            self._trained = self._trainable()
+            shapes = ((piece.name, tuple(piece.whole_shape), getattr(piece, "rank", 0)) for piece in pieces)
+            options = replace(self.options, seed=self.param_groups[0]["seed"])
+            self._fingerprint = hashed(options, self.maximize, *shapes)
             if not self.step_count:
                 self._look_at_rho()
-        return self._pieces
+        return self._sweeps
 
     def _moving(self) -> list[Moving]:
         try:
@@ -295,43 +312,96 @@ class ZerothOrder(torch.optim.Optimizer):
         return members
 
     def _follow(self) -> None:
-        """Notice parameters that live elsewhere now (moved to a device, cast, exchanged)."""
-        if self._pieces is not None and any(
+        """Notice parameters that live elsewhere now (moved to a device, cast, exchanged), were frozen or are
+        trained again.
+        """
+        if self._sweeps is None or self._sweeps.is_away:
+            return  # what is away must find its way back first
+        if self._trained != self._trainable() or any(
             piece.value.data_ptr() != local(parameter).data_ptr() or piece.value.dtype != parameter.dtype
-            for piece, _, parameter in self._pieces
+            for piece, _, parameter in self._sweeps.members
         ):
-            self._pieces = None
+            self._sweeps = None
 
-    def _measure(self, closure: Callable[[], Any], weight: float) -> tuple[float, float]:
-        """Both probes of one batch, added to the sums; leaves the weights at the second."""
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _trainable(self) -> list[bool]:
+        return [parameter.requires_grad for parameter in self._parameters()]
+
+    def _run(self) -> Run:
+        return run_of([(self._names[id(p)], p) for p in self._parameters()], self.options)
+
+    def _step(self, closure: Callable[[], Any] | None, weight: float) -> Tensor:
+        if closure is not None:
+            if self._sums[2]:
+                raise InputError(f"{self._name}: step(closure) after probe(); step() ends what probes began")
+            self._measure(closure, weight)
+        elif not self._sums[2]:
+            raise InputError(
+                f"{self._name} needs a closure that returns the loss without calling backward(), or probe() "
+                "before"
+            )
+        try:
+            difference, loss = self._agreed()
+        finally:
+            self.forget_probes()
+        kappa = difference / (2 * self.param_groups[0]["rho"])
+        skipped = not (math.isfinite(difference) and math.isfinite(loss))
+        with uninterrupted():
+            if skipped:
+                self._go(0)
+                self.skipped_steps += 1
+                self._tell("skip", "a loss is not finite; the step is skipped")
+            else:
+                self._look(difference)
+                self._update(difference)
+            for group in self.param_groups:
+                group["step"] += 1
+        self.last = ZerothOrderStats(loss, kappa, skipped)
+        return torch.tensor(loss, dtype=torch.float64)
+
+    def _measure(self, closure: Callable[[], Any], weight: float) -> float:
+        """Both probes of one batch, added to the sums; leaves the weights at the second. Returns what their
+        losses differ by.
+        """
         if not callable(closure):
             raise InputError(f"{self._name} needs a closure that returns the loss without calling backward()")
         if not 0 < weight < math.inf:
             raise InputError(f"{self._name}: weight: expected above 0 and finite, got {weight}")
-        if self._offset == 0:
-            self._follow()
-        devices = {parameter.device for _, _, parameter in self._prepared()}
+        for group in self.param_groups:  # schedules and users change them
+            check_rates(group)
+        self._follow()
+        devices = {parameter.device for _, _, parameter in self._prepared().members}
         before = random_state(devices) if self.options.replay_rng else None
-        try:
-            self._go(1)
-            above = self._value(closure)
-            if before is not None:
-                set_random_state(before)
-            self._go(-1)
-            with running_statistics_kept(self._model) if self._model is not None else nullcontext():
-                below = self._value(closure)
-            upper, lower = float(above), float(below)
-        except BaseException:
-            self._go(0)
-            raise
+        self._go(1)
+        above = self._value(closure)
+        if missed := self._prepared().release(self.step_count):
+            self._tell(
+                "branch",
+                f"{len(missed)} matrices are read by more than their Linear and Embedding modules, or not by "
+                f"them ({missed[0]}); they are copied and put back",
+            )
+            above = self._again(1, closure, before)
+        below = self._again(-1, closure, before)
+        upper, lower = float(above), float(below)
         for place, value in enumerate((upper - lower, (upper + lower) / 2, 1.0)):
             self._sums[place] += weight * value
-        return upper - lower, (upper + lower) / 2
+        return upper - lower
+
+    def _again(self, target: int, closure: Callable[[], Any], before: RandomState | None) -> Tensor | float:
+        """The loss of the same batch elsewhere, with the same random numbers."""
+        if before is not None:
+            set_random_state(before)
+        self._go(target)
+        with running_statistics_kept(self._model):
+            return self._value(closure)
 
     def _value(self, closure: Callable[[], Any]) -> Tensor | float:
         """The closure's loss, still on its device."""
         try:
-            loss = closure()
+            with self._prepared().probe():
+                loss = closure()
         except RuntimeError as wrong:
             if "does not require grad" not in str(wrong):
                 raise
@@ -355,44 +425,20 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _go(self, target: int) -> None:
         """Move the weights to `target` times rho times the direction."""
-        if target == self._offset:
+        if self._sweeps is None and not target:
             return
-        pieces, step = self._prepared(), self.step_count
-        mode = self.options.restore
-        branches = self._branched() if mode == "branch" else None
-        for piece, group, parameter in pieces:
-            if branches is not None and branches.holds(parameter):
-                assert isinstance(piece, LowRankPiece)
-                branches.put(parameter, piece.product(step, target * group["rho"]) if target else None)
-            elif mode != "inplace" and target == 0:
-                if id(parameter) in self._copies:  # not where a probe broke off before it came here
-                    parameter.detach().copy_(self._copies.pop(id(parameter)))
-            else:
-                if mode != "inplace" and self._offset == 0:
-                    self._copies[id(parameter)] = parameter.detach().clone()
-                piece.move(step, (target - self._offset) * group["rho"])
-        if branches is not None:
-            branches.switch(on=target != 0)
-        self._offset = target
+        try:
+            self._prepared().go(self.step_count, target)
+        except InputError as wrong:
+            raise InputError(f"{self._name}: {wrong}") from wrong
         self._drop_gathered()
-
-    def _branched(self) -> Branches:
-        if self._branches is None:
-            if self._model is None:
-                raise InputError(
-                    f'{self._name}: restore="branch" adds to what modules return: give it `model=model`'
-                )
-            pieces = self._prepared()
-            simple = [p for piece, _, p in pieces if isinstance(piece, LowRankPiece) and p.ndim == 2]
-            self._branches = Branches(self._model, simple)
-        return self._branches
 
     def _update(self, difference: float) -> None:
         """The step, from wherever the weights are."""
         if self.options.restore != "inplace":
             self._go(0)
         sign, bound = (-1.0 if self.maximize else 1.0), self.options.clip or math.inf
-        for piece, group, parameter in self._prepared():
+        for piece, group, parameter in self._prepared().members:
             kappa = difference / (2 * group["rho"])
             decays = group["weight_decay"] and parameter.ndim >= 2
             piece.update(
@@ -401,10 +447,10 @@ class ZerothOrder(torch.optim.Optimizer):
                     kappa=sign * min(max(kappa, -bound), bound),
                     lr=float(group["lr"]),
                     decay=float(group["lr"]) * group["weight_decay"] if decays else 0.0,
-                    undo=-self._offset * group["rho"],
+                    undo=-piece.offset,
                 )
             )
-        self._offset = 0
+            piece.offset = 0.0
         self._drop_gathered()
 
     def _drop_gathered(self) -> None:
@@ -423,7 +469,7 @@ class ZerothOrder(torch.optim.Optimizer):
             group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         rows = [[*self._sums, self._mark()]]
         if group is not None and dist.get_world_size(group) > 1:
-            device = self._prepared()[0][2].device
+            device = self._prepared().members[0][2].device
             on = device if "nccl" in dist.get_backend(group) else torch.device("cpu")
             mine = torch.tensor(rows[0], dtype=torch.float64, device=on)
             others = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
@@ -431,7 +477,8 @@ class ZerothOrder(torch.optim.Optimizer):
             rows = torch.stack(others).tolist()
         if len({row[3] for row in rows}) > 1:
             raise InputError(
-                f"{self._name}: processes differ in seed, step or parameters; nothing was changed"
+                f"{self._name}: processes differ in method, options, rates, step or parameters; nothing was "
+                "changed"
             )
         # Every process adds the same numbers in the same order.
         difference, loss, weight = (sum(row[place] for row in rows) for place in range(3))
@@ -439,7 +486,8 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _mark(self) -> float:
         """Stands for what processes must have in common; a whole number that float64 holds."""
-        return float(hashed(self._fingerprint, self.step_count) >> 12)
+        rates = ([float(group[key]) for key in ("lr", "rho", "weight_decay")] for group in self.param_groups)
+        return float(hashed(self._fingerprint, self.step_count, *rates) >> 12)
 
     # Advice.
 
@@ -454,7 +502,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _look_at_rho(self) -> None:
         """Warn where a probe is smaller than what the weights' dtype can tell apart."""
-        for piece, group, _ in self._prepared():
+        for piece, group, _ in self._prepared().members:
             if piece.value.dtype.itemsize >= 4 or not piece.value.numel():
                 continue
             size = float(piece.value.float().square().mean().sqrt())

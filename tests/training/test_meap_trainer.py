@@ -75,13 +75,15 @@ def arguments(folder, **changes):
     return TrainingArguments(**{**fields, **changes})
 
 
-def run(folder, cls=MEAPTrainer, collator=None, callbacks=(), resume=None, data=None, **changes):
+def run(
+    folder, cls=MEAPTrainer, collator=None, callbacks=(), resume=None, data=None, held_out=None, **changes
+):
     collator = collator or DataCollatorForMEAP(default_data_collator, mask_token_id=MASK, seed=5)
     trainer = cls(
         model(),
         arguments(folder, **changes),
         train_dataset=data or texts(),
-        eval_dataset=texts(4),
+        eval_dataset=held_out or texts(4),
         data_collator=collator,
         callbacks=list(callbacks),
     )
@@ -138,6 +140,37 @@ def test_the_callback_does_the_same_for_a_plain_trainer(tmp_path):
         tmp_path / "more", Trainer, collator, [MEAPCallback(collator)], str(tmp_path / "checkpoint-3")
     )
     assert torch.equal(weights(trainer), weights(resumed))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_callback_leaves_every_evaluation_clean(tmp_path, workers):
+    collator = DataCollatorForMEAP(default_data_collator, mask_token_id=MASK, seed=5)
+    trainer = run(
+        tmp_path,
+        Trainer,
+        collator,
+        [MEAPCallback(collator)],
+        held_out={"one": texts(4), "other": texts(4)},
+        eval_strategy="steps",
+        eval_steps=2,
+        eval_on_start=True,
+        dataloader_num_workers=workers,
+    )
+    network = trainer.model
+    assert masked(network.read[True]) == [6] * 6
+    assert masked(network.read[False]) == [0] * 8  # two sets, before the first step and at three others
+    assert trainer.evaluate(texts(4))["eval_loss"] == pytest.approx(plain_loss(network), rel=1e-5)
+
+
+def test_a_second_training_with_the_callback_masks_once(tmp_path):
+    collator = DataCollatorForMEAP(default_data_collator, mask_token_id=MASK, seed=5)
+    trainer = run(tmp_path, Trainer, collator, [MEAPCallback(collator)])
+    loader = trainer.get_train_dataloader()
+    trainer.get_train_dataloader = lambda: loader
+    for _ in range(2):
+        trainer.model.read[True].clear()
+        trainer.train()
+        assert masked(trainer.model.read[True]) == [6] * 6
 
 
 def test_epochs_have_masks_of_their_own(tmp_path):
@@ -241,3 +274,20 @@ def test_workers_that_outlive_an_epoch_are_refused_with_the_callback(tmp_path):
             dataloader_num_workers=1,
             dataloader_persistent_workers=True,
         )
+
+
+def test_a_weight_of_copies_that_nobody_reads_is_refused_or_told(tmp_path, tokenizer, caplog):
+    def weighted():
+        return DataCollatorForMEAP(
+            DataCollatorForSeq2Seq(tokenizer), tokenizer, mode="sft", copy_loss_weight=0.25
+        )
+
+    with pytest.raises(InputError, match=r"MEAPCallback: copy_loss_weight other than 1 .* found 0.25"):
+        MEAPCallback(weighted())
+    data = [answered(60, 1), answered(20, 2)]
+    run(tmp_path / "a", MEAPTrainer, weighted(), data=data, held_out=data, eval_strategy="steps")
+    assert "copy_loss_weight" not in caplog.text
+    run(tmp_path / "b", Trainer, weighted(), data=data, max_steps=2)
+    told = [record.message for record in caplog.records if "copy_loss_weight 0.25" in record.message]
+    assert len(told) == 1
+    assert "`loss_weights`, which MEAPTrainerMixin reads" in told[0]

@@ -140,6 +140,12 @@ class DataCollatorForMEAP:
                 "MEAP: a Trainer evaluates on masked inputs; take MEAPTrainerMixin or MEAPCallback, or call "
                 "collator.eval() first",
             )
+        if self.options.copy_loss_weight != 1:
+            self._tell(
+                "weights",
+                f"MEAP: copy_loss_weight {self.options.copy_loss_weight:g} is in batches as "
+                f"`{answers.WEIGHTS}`, which MEAPTrainerMixin reads and no other Trainer or model does",
+            )
         return self.mask(batch)
 
     def train(self) -> None:

@@ -14,6 +14,7 @@ from weightsmith.training.meap.answers import IGNORED
 from weightsmith.training.meap.collator import DataCollatorForMEAP
 from weightsmith.training.meap.options import MEAPOptions
 from weightsmith.training.meap.tokens import resolve_mask_token, strip_mask_token
+from weightsmith.training.meap.trainer import own_loader
 
 
 class MaskedBatches(TrainerCallback):
@@ -45,10 +46,7 @@ class MaskedBatches(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the collator around the loader's own."""
-        loader = kwargs["train_dataloader"]
-        loader = getattr(
-            loader, "base_dataloader", loader
-        )  # accelerate's wrapper only passes on what it holds
+        loader = own_loader(kwargs["train_dataloader"])
         self._state, self._per_step = state, args.gradient_accumulation_steps
         self._number = state.global_step * self._per_step
         self._collator = self._around(loader.collate_fn)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,27 +104,39 @@ class MEAPTrainer(MEAPTrainerMixin, Trainer):
 
 
 class MEAPCallback(TrainerCallback):
-    """Keeps a plain Trainer's evaluation clean, tells its collator the epoch, and logs what is masked.
+    """Masks a plain Trainer's batches of training and no others, and logs what is masked.
 
-    Adds `meap/masked`, the share of tokens masked since the last line, and `meap/mask_norm`, the norm of the
-    mask token's embedding. With `dataloader_persistent_workers` the workers hold copies of the collator that
-    nothing reaches: take `MEAPTrainerMixin` there.
+    The collator itself makes clean batches from here on, whatever they are for; only the loader that a
+    training reads from masks what it collates. Adds `meap/masked`, the share of tokens masked since the last
+    line, and `meap/mask_norm`, the norm of the mask token's embedding. With `dataloader_persistent_workers`
+    the workers hold copies of the collator that nothing reaches: take `MEAPTrainerMixin` there.
 
     Args:
         collator: The Trainer's `data_collator`.
+
+    Raises:
+        InputError: copies are to count otherwise than originals, which a plain Trainer's loss can't; when
+            training begins, persistent workers, or a model that can't be trained so.
 
     Example:
         >>> # Trainer(model, args, data_collator=collator, callbacks=[MEAPCallback(collator)])
     """
 
     def __init__(self, collator: DataCollatorForMEAP) -> None:
+        if collator.options.copy_loss_weight != 1:
+            raise InputError(
+                "MEAPCallback: copy_loss_weight other than 1 needs MEAPTrainerMixin, found "
+                f"{collator.options.copy_loss_weight:g}"
+            )
         self.collator = collator
+        self._loader: Any = None
+        self._collate: Callable[[Any], dict[str, Any]] | None = None
         collator.eval()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look at the model's embedding, and mask from now on."""
+        """Look at the model's embedding, and mask what this training's loader makes."""
         if args.dataloader_persistent_workers and args.dataloader_num_workers:
             raise InputError(
                 "MEAPCallback: persistent workers (dataloader_persistent_workers) keep their own copy of the "
@@ -131,7 +144,9 @@ class MEAPCallback(TrainerCallback):
             )
         check_mask_id(self.collator.mask_token_id, self.collator.tokenizer, kwargs["model"])
         self.collator.protect_placeholders(kwargs["model"].config)
-        self.collator.train()
+        self._loader = own_loader(kwargs["train_dataloader"])
+        self._collate = self._loader.collate_fn
+        self._loader.collate_fn = partial(_masked, self._collate, self.collator)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -139,27 +154,11 @@ class MEAPCallback(TrainerCallback):
         """Other masks for each epoch."""
         self.collator.set_epoch(int(state.epoch or 0))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Clean batches for the evaluation that comes."""
-        if control.should_evaluate:
-            self.collator.eval()
-
-    on_epoch_end = on_step_end
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Mask again, where training goes on."""
-        if state.global_step < state.max_steps:
-            self.collator.train()
-
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Clean batches from now on."""
-        self.collator.eval()
+        """Give the loader its collator back: a Trainer may keep it for the next training."""
+        self._loader.collate_fn = self._collate
 
     def on_log(
         self,
@@ -179,3 +178,15 @@ class MEAPCallback(TrainerCallback):
         logs.update(more)
         if state.log_history:
             state.log_history[-1].update(more)
+
+
+def own_loader(loader: Any) -> Any:
+    """The loader that collates: accelerate's wrapper only passes on what it holds."""
+    return getattr(loader, "base_dataloader", loader)
+
+
+def _masked(
+    collate: Callable[[Any], dict[str, Any]], collator: DataCollatorForMEAP, features: Any
+) -> dict[str, Any]:
+    """A batch of training; no closure, since workers that are spawned get it pickled."""
+    return collator.mask(collate(features))

@@ -9,8 +9,9 @@ Letters  B rows, T tokens of a row, C copies, R answers that are long enough
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -288,6 +289,46 @@ def _behind(
     return made
 
 
+@contextlib.contextmanager
+def weighing(network: Any, weights: Tensor) -> Iterator[None]:
+    """Within, label i counts `weights[i]` wherever the network takes its loss: also where it takes one at
+    several depths, and whatever it adds to it stays.
+
+    Args:
+        network: A causal model of transformers with the usual `loss_function`.
+        weights: (B, T), for the labels of the batch that it is called on.
+
+    Raises:
+        InputError: the network's loss is that of other labels, or none by `loss_function`.
+    """
+    usual, name = network.loss_function, type(network).__name__
+    is_taken = False
+
+    def loss(
+        logits: Tensor, labels: Tensor | None, *_: Any, num_items_in_batch: Any = None, **__: Any
+    ) -> Tensor:
+        nonlocal is_taken
+        if labels is None or labels.shape != weights.shape:
+            found = "none" if labels is None else tuple(labels.shape)
+            raise InputError(
+                f"copy_loss_weight: {name} takes its loss of labels of shape {found}, expected "
+                f"{tuple(weights.shape)}: all of a batch on one device"
+            )
+        is_taken = True
+        return weighted_loss(logits, labels, weights, num_items_in_batch)
+
+    network.loss_function = loss
+    try:
+        yield
+    finally:
+        network.loss_function = usual
+    if not is_taken:
+        raise InputError(
+            "copy_loss_weight other than 1 weighs labels in a model's loss_function, which "
+            f"{name} didn't call"
+        )
+
+
 def weighted_loss(
     logits: Tensor, labels: Tensor, weights: Tensor, total: Tensor | float | None = None
 ) -> Tensor:
@@ -304,4 +345,5 @@ def weighted_loss(
     losses = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
     )
-    return (losses * weights.flatten()).sum() / (weights.sum() if total is None else total)
+    total = weights.sum() if total is None else torch.as_tensor(total, device=logits.device)
+    return (losses * weights.flatten()).sum() / total

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from weightsmith.errors import InputError
-from weightsmith.training.meap.answers import IGNORED, WEIGHTS, weighted_loss
+from weightsmith.training.meap.answers import IGNORED, WEIGHTS, weighing
 from weightsmith.training.meap.collator import DataCollatorForMEAP
 from weightsmith.training.meap.tokens import check_mask_id
 
@@ -41,7 +42,8 @@ class MEAPTrainerMixin(_Base):
             collator: Around the Trainer's own, `DataCollatorForMEAP(trainer.data_collator, tokenizer)`.
 
         Raises:
-            InputError: the model has no row for the mask token.
+            InputError: the model has no row for the mask token; or copies are to count otherwise than
+                originals, and the Trainer or the model has a loss that isn't by label.
 
         Example:
             >>> # trainer.use_meap(DataCollatorForMEAP(trainer.data_collator, tokenizer, mode="sft"))
@@ -49,6 +51,8 @@ class MEAPTrainerMixin(_Base):
         model = self.accelerator.unwrap_model(self.model)
         check_mask_id(collator.mask_token_id, collator.tokenizer, model)
         collator.protect_placeholders(model.config)
+        if collator.options.copy_loss_weight != 1:
+            self._check_weights()
         self.meap = collator
         self.data_collator = collator.clean
 
@@ -60,9 +64,15 @@ class MEAPTrainerMixin(_Base):
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         samples, count = super().get_batch_samples(self._masked(epoch_iterator), num_batches, device)
         if samples and WEIGHTS in samples[0] and count is not None:
-            count = torch.stack([((b["labels"] != IGNORED) * b[WEIGHTS])[:, 1:].sum() for b in samples]).sum()
+            labels = torch.stack([(b["labels"][:, 1:] != IGNORED).sum() for b in samples]).sum()
+            weighted = torch.stack(
+                [((b["labels"] != IGNORED) * b[WEIGHTS])[:, 1:].sum() for b in samples]
+            ).sum()
+            sums = torch.stack([weighted, labels]).to(device)[None]
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
-                count = self.accelerator.gather(count.to(device)).sum()
+                sums = self.accelerator.gather(sums)
+            # As a share of the Trainer's count, which knows what ranks hold the same rows.
+            count = count * torch.div(*sums.sum(0))
         return samples, count
 
     def compute_loss(
@@ -75,19 +85,34 @@ class MEAPTrainerMixin(_Base):
         """As the Trainer's; labels of masked copies may count otherwise than those of originals."""
         if WEIGHTS not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        weights = inputs.pop(WEIGHTS)
-        labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        loss = weighted_loss(outputs.logits, labels, weights, num_items_in_batch)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+        with weighing(self._network(model), inputs.pop(WEIGHTS)):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, with `meap/masked`: the share of tokens masked since the last line."""
         if self.meap is not None and "loss" in logs:
             logs["meap/masked"] = self.meap.fraction()
         super().log(logs, *args, **kwargs)
+
+    def _check_weights(self) -> None:
+        network = self._network(self.model)
+        found = None
+        if self.args.label_smoothing_factor:
+            found = f"label_smoothing_factor {self.args.label_smoothing_factor:g}"
+        elif self.compute_loss_func is not None:
+            found = "a compute_loss_func"
+        elif getattr(network, "loss_function", None) is not ForCausalLMLoss:
+            found = f"a {type(network).__name__}, whose loss_function isn't that of causal models"
+        if found is not None:
+            raise InputError(
+                "copy_loss_weight other than 1 weighs labels in the cross-entropy of a causal model of "
+                f"transformers, found {found}"
+            )
+
+    def _network(self, model: Any) -> Any:
+        """The model that takes the loss, out of what is around it."""
+        network: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return network.get_base_model() if hasattr(network, "get_base_model") else network  # PEFT's
 
     def _masked(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         assert self.meap is not None

@@ -237,6 +237,53 @@ def test_each_turn_of_a_conversation_has_its_own_count_and_keeps_its_history(tok
     assert torch.equal(made["input_ids"][1][~hidden], torch.tensor(ids)[~hidden])
 
 
+def tool_call(texts=(30, 40), after=()):
+    """An answer with a special token in its middle, two placeholders, and `after` behind its end token."""
+    first, second = (row(count, count) for count in texts)
+    ids = [*row(5), *first, EOS, *second[:7], 7, 7, *second[7:], EOS, *after]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * 5 + ids[5:]}
+
+
+def test_special_tokens_and_placeholders_inside_an_answer_are_not_masked_and_dont_count(tokenizer):
+    whole = tool_call(after=[11])
+    text = 70 - row(30, 30).count(7) - row(40, 40).count(7) + 1
+    for share, count in ((0.1, text // 10), (1.0, text)):
+        collator = DataCollatorForMEAP(padding(tokenizer), tokenizer, mode="sft", mask_ratio=share)
+        collator.protect_placeholders(LlamaConfig(image_token_id=7))
+        clean, hidden = collator([whole])["input_ids"][0], collator([whole])["input_ids"][1] == MASK
+        assert hidden.sum() == count
+        assert not hidden[(clean == EOS) | (clean == 7)].any()
+    columns = {key: [value] for key, value in whole.items()}
+    made = meap_sft_map(columns, mask_token_id=MASK, protected_ids=[EOS, 7], mask_ratio=1.0)
+    assert made["input_ids"][1][5:].tolist() == [
+        token if token in (EOS, 7) else MASK for token in whole["input_ids"][5:]
+    ]
+
+
+def test_what_is_protected_decides_whether_an_answer_is_long(tokenizer):
+    words = tool_call((20, 30))
+    number = 50 - row(20, 20).count(7) - row(30, 30).count(7)
+
+    def copies(least, **options):
+        options = {"mode": "sft", "min_answer_tokens": least, **options}
+        collator = DataCollatorForMEAP(padding(tokenizer), tokenizer, protected_ids=[7], **options)
+        return collator([words])["input_ids"].shape[0] - 1
+
+    assert (copies(number), copies(number + 1)) == (1, 0)
+    assert (copies(number + 1, protect_special=False), copies(number + 2, protect_special=False)) == (1, 0)
+    columns = {key: [words[key]] for key in ("input_ids", "labels")}
+    for least, rows in ((number, 2), (number + 1, 1)):
+        made = meap_sft_map(columns, mask_token_id=MASK, protected_ids={EOS, 7}, min_answer_tokens=least)
+        assert len(made["input_ids"]) == rows
+
+
+def test_special_tokens_of_an_answer_can_be_masked_but_the_one_that_closes_it(tokenizer):
+    options = {"mode": "sft", "mask_ratio": 1.0, "protect_special": False}
+    collator = DataCollatorForMEAP(padding(tokenizer), tokenizer, protected_ids=[7], **options)
+    clean, hidden = collator([tool_call()])["input_ids"][0], collator([tool_call()])["input_ids"][1] == MASK
+    assert hidden[5:].tolist() == [*(clean[5:-1] != 7).tolist(), False]
+
+
 def test_answers_end_before_their_closing_token_and_never_begin_a_document():
     labels = torch.tensor([[1, 2, -100, 4, 9, 5, 6, 9]])
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
@@ -330,9 +377,9 @@ def test_a_copys_weight_enters_numerator_and_denominator(tokenizer):
 def test_a_data_set_gets_its_copies_once_and_for_all():
     rows = [pair(4, 60, 1), pair(9, 20, 2), pair(3, 70, 3)]
     columns = {key: [row[key] for row in rows] for key in rows[0]}
-    made = meap_sft_map(columns, mask_token_id=MASK, closing=[EOS], seed=1)
-    np.testing.assert_equal(made, meap_sft_map(columns, mask_token_id=MASK, closing=[EOS], seed=1))
-    other = meap_sft_map(columns, mask_token_id=MASK, closing=[EOS], seed=2)
+    made = meap_sft_map(columns, mask_token_id=MASK, protected_ids=[EOS], seed=1)
+    np.testing.assert_equal(made, meap_sft_map(columns, mask_token_id=MASK, protected_ids=[EOS], seed=1))
+    other = meap_sft_map(columns, mask_token_id=MASK, protected_ids=[EOS], seed=2)
     assert made["input_ids"][1].tolist() != other["input_ids"][1].tolist()
     assert [len(ids) for ids in made["input_ids"]] == [65, 65, 30, 74, 74]
     assert made["input_ids"][0].tolist() == rows[0]["input_ids"]

@@ -3,7 +3,8 @@
 Source   arXiv:2502.07490, section 3 (fine-tuning), and the authors' code: positions inside the answer, its
          closing token excepted, and labels at the masked tokens only. Decided here: the rule holds for each
          answer of a conversation, which keeps its history (the code trains each turn without those before
-         it); and the first token of a document is no answer, since nothing predicts it.
+         it); what is protected is never masked and doesn't count, wherever in an answer it stands; and the
+         first token of a document is no answer, since nothing predicts it.
 Letters  B rows, T tokens of a row, C copies, R answers that are long enough
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from weightsmith.errors import InputError
 from weightsmith.training.encoding import IGNORED, joined, parted
-from weightsmith.training.meap.masking import choose
+from weightsmith.training.meap.masking import choose, is_any
 from weightsmith.training.meap.options import MEAPOptions
 
 WEIGHTS = "loss_weights"
@@ -71,17 +72,34 @@ def document_starts(shape: Iterable[int], position_ids: Tensor | None) -> np.nda
 
 
 def masked_answers(
-    batch: dict[str, Any], options: MEAPOptions, seed: Any, closing: Collection[int]
+    batch: dict[str, Any],
+    options: MEAPOptions,
+    seed: Any,
+    closing: Collection[int] = (),
+    protected: Collection[int] = (),
 ) -> Tensor:
-    """Bool (B, T) on the CPU: the tokens of long answers that copies hide."""
-    labels, positions = batch["labels"], batch.get("position_ids")
-    found = find_answers(labels, positions, closing)
+    """Bool (B, T) on the CPU: the tokens of long answers that copies hide.
+
+    Args:
+        batch: With labels, which are the tokens of the answers.
+        options: What is long, and how much is hidden.
+        seed: Decides which tokens.
+        closing: Ids of tokens that close an answer; one at its end is no part of it.
+        protected: Ids that are never hidden, and don't count towards an answer's length.
+    """
+    labels = batch["labels"].cpu()
+    found = find_answers(labels, batch.get("position_ids"), closing)
+    # Of all, not of those that may be hidden: no more than a bound, for which no token is looked at.
     long = found.stop - found.start >= options.min_answer_tokens
     row_R, start_R, stop_R = (part[long] for part in found)
+    places = np.arange(labels.shape[1])
+    allowed_RT = torch.from_numpy((places >= start_R[:, None]) & (places < stop_R[:, None]))
+    if protected:
+        allowed_RT &= ~is_any(labels[row_R], protected)
+        long = allowed_RT.sum(1) >= options.min_answer_tokens
+        row_R, allowed_RT = row_R[long.numpy()], allowed_RT[long]
     masked_BT = torch.zeros(labels.shape, dtype=torch.bool)
     if len(row_R):
-        places = np.arange(labels.shape[1])
-        allowed_RT = torch.from_numpy((places >= start_R[:, None]) & (places < stop_R[:, None]))
         seed = seed.cpu() if isinstance(seed, Tensor) else seed
         chosen_RT = choose(allowed_RT, options.ratio, seed, exact_count=options.exact_count)
         answers, places = _places(chosen_RT.numpy())
@@ -128,7 +146,7 @@ def meap_sft_map(
     examples: Mapping[str, Sequence[Sequence[int]]],
     *,
     mask_token_id: int,
-    closing: Collection[int] = (),
+    protected_ids: Collection[int] = (),
     seed: int = 0,
     **options: Any,
 ) -> dict[str, list[Any]]:
@@ -138,7 +156,8 @@ def meap_sft_map(
     Args:
         examples: Columns `input_ids` and `labels`, and others with an entry for each token.
         mask_token_id: What copies are masked with.
-        closing: Ids that close an answer; one at its end is never masked.
+        protected_ids: Ids that are never masked and don't count towards an answer's length: the tokenizer's
+            `all_special_ids`, so that the token that closes an answer stays, and placeholders of images.
         seed: Decides the masks. Give each batch its own (`with_indices=True`), or equal rows get equal masks.
         **options: Fields of `MEAPOptions`.
 
@@ -158,7 +177,7 @@ def meap_sft_map(
     is_token = np.arange(lengths.max(initial=0)) < lengths[:, None]
     labels_BT = np.full(is_token.shape, IGNORED, np.int64)
     labels_BT[is_token] = labels
-    masked = masked_answers({"labels": torch.from_numpy(labels_BT)}, chosen, seed, closing)
+    masked = masked_answers({"labels": torch.from_numpy(labels_BT)}, chosen, seed, protected=protected_ids)
     has_copy, hidden = masked.any(1).tolist(), masked.numpy()[is_token]
     columns: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
         **{key: (column, column) for key, column in examples.items()},

@@ -63,7 +63,7 @@ class DataCollatorForMEAP:
         options: A `MEAPOptions`, or a mapping of its fields.
         seed: Decides the masks.
         vocab_size: Rows of the model's embedding, to refuse a mask token that has none.
-        protected_ids: Further special ids: never masked, and no part of an answer that they close.
+        protected_ids: Further special ids: never masked, also where `protect_special` is off.
         **fields: Fields of `MEAPOptions`.
 
     Raises:
@@ -214,7 +214,7 @@ class DataCollatorForMEAP:
             if without:
                 self.rows_without_labels += without
                 self._tell("labels", f"MEAP: {without} rows of a batch have no labels and get no copy")
-            hidden = answers.masked_answers(batch, self.options, seed, self.closing)
+            hidden = answers.masked_answers(batch, self.options, seed, self.closing, self.protected)
             self._count(hidden, batch["labels"] != answers.IGNORED)
             return answers.with_copies(batch, hidden, self.mask_token_id, self.options, self.pad_token_id)
         options, allowed = self.options, self._visible(batch)

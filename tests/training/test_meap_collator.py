@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -524,6 +525,67 @@ def test_only_the_last_token_can_go(bare):
     bare.add_tokens(["<later>"])
     with pytest.raises(InputError, match="only the last token can be taken away"):
         strip_mask_token(model, bare, mask)
+
+
+def test_a_model_that_was_saved_with_its_token_is_stripped_by_the_record_alone(bare, tmp_path, caplog):
+    model, plain = tiny(), copy.deepcopy(bare)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    record = pickle.dumps(resolve_mask_token(bare, model, add_mask_token=True))
+    model.save_pretrained(tmp_path)
+    bare.save_pretrained(tmp_path)
+    model, tokenizer = LlamaForCausalLM.from_pretrained(tmp_path), type(bare).from_pretrained(tmp_path)
+    found = resolve_mask_token(tokenizer, model, add_mask_token=True)
+    strip_mask_token(model, tokenizer, found)
+    assert "`[MASK]` was there when it was resolved, so nothing is taken away" in caplog.text
+    assert tokenizer.mask_token == "[MASK]"
+    strip_mask_token(model, tokenizer, pickle.loads(record))
+    assert (tokenizer.get_vocab(), tokenizer.mask_token) == (plain.get_vocab(), None)
+    assert tokenizer("a line")["input_ids"] == plain("a line")["input_ids"]
+    assert model.generation_config.suppress_tokens is None
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_what_is_never_generated_is_the_models_own(bare):
+    model, other = tiny(), tiny()
+    other.generation_config = shared = model.generation_config
+    mask = resolve_mask_token(bare, model, add_mask_token=True)
+    assert model.generation_config.suppress_tokens == [mask.id]
+    assert shared.suppress_tokens is None
+    shared = model.generation_config
+    strip_mask_token(model, bare, mask)
+    assert shared.suppress_tokens == [mask.id]
+
+
+def test_a_token_to_add_needs_the_model(bare):
+    with pytest.raises(InputError, match="a row of the model's embedding: pass the model too"):
+        resolve_mask_token(bare, add_mask_token=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrapper"),
+    [
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, "ModulesToSaveWrapper"),
+        ({"modules_to_save": ["lm_head"]}, "ModulesToSaveWrapper"),
+        ({"trainable_token_indices": [3]}, "TrainableTokensWrapper"),
+    ],
+)
+def test_an_embedding_that_peft_wraps_gets_its_token_before_and_loses_it_after(bare, changes, wrapper):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], **changes)
+    vocabulary = bare.get_vocab()
+    with pytest.raises(InputError, match=f"{wrapper} .* adds a token before get_peft_model"):
+        resolve_mask_token(bare, peft.get_peft_model(tiny(), config), add_mask_token=True)
+    assert bare.get_vocab() == vocabulary
+    model = tiny()
+    mask = resolve_mask_token(bare, model, add_mask_token=True)
+    model = peft.get_peft_model(model, config)
+    with pytest.raises(InputError, match=f"{wrapper} .* merge the adapter"):
+        strip_mask_token(model, bare, mask)
+    model = model.merge_and_unload()
+    strip_mask_token(model, bare, mask)
+    assert model.get_input_embeddings().weight.shape[0] == model.lm_head.weight.shape[0] == 100
+    assert bare.get_vocab() == vocabulary
 
 
 def test_a_frozen_embedding_is_told(bare, caplog):

@@ -59,7 +59,8 @@ class MaskedBatches(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave model and tokenizer as they were."""
-        strip_mask_token(self._network, self._tokenizer, self._mask)
+        if self._mask.is_added:
+            strip_mask_token(self._network, self._tokenizer, self._mask)
 
     def mask(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
         """A batch of clean windows as batch `number` of the run would have it, for who trains before it

@@ -356,6 +356,27 @@ def test_a_mask_token_without_a_row_is_refused_before_training(tmp_path):
         run(tmp_path, Trainer, collator, [MEAPCallback(collator)])
 
 
+def test_copies_behind_originals_are_refused_where_attention_would_let_them_see(tmp_path, tokenizer):
+    def trained(cls, network, rows, **fields):
+        collator = DataCollatorForMEAP(DataCollatorForSeq2Seq(tokenizer), tokenizer, mode="sft", **fields)
+        callbacks = [MEAPCallback(collator)] if cls is Trainer else []
+        options = arguments(tmp_path, per_device_train_batch_size=rows)
+        return cls(
+            network, options, train_dataset=[answered(60, 1)], data_collator=collator, callbacks=callbacks
+        )
+
+    network = model()
+    assert trained(MEAPTrainer, network, 2, layout="concat").meap is not None
+    network.config._attn_implementation = "flash_attention_2"
+    message = "layout concat: flash_attention_2 lets copies see their originals .* found 2"
+    with pytest.raises(InputError, match=message):
+        trained(MEAPTrainer, network, 2, layout="concat")
+    with pytest.raises(InputError, match=message):
+        trained(Trainer, network, 2, layout="concat").train()
+    assert trained(MEAPTrainer, network, 1, layout="concat").meap is not None
+    assert trained(MEAPTrainer, network, 2, layout="separate").meap is not None
+
+
 def test_workers_that_outlive_an_epoch_are_refused_with_the_callback(tmp_path):
     collator = DataCollatorForMEAP(default_data_collator, mask_token_id=MASK)
     with pytest.raises(InputError, match="persistent workers"):

@@ -156,6 +156,27 @@ class DataCollatorForMEAP:
         """Leave inputs clean from now on."""
         self.training = False
 
+    def check_model(self, model: Any, num_rows: int) -> None:
+        """Refuse a model that can't be trained on what this makes.
+
+        Args:
+            model: A causal model of transformers.
+            num_rows: Rows of a batch before copies.
+
+        Raises:
+            InputError: no row for the mask token, or copies behind originals that its attention wouldn't keep
+                apart.
+        """
+        check_mask_id(self.mask_token_id, self.tokenizer, model)
+        if self.options.layout == "concat" and num_rows > 1:
+            attention = model.config.get_text_config()._attn_implementation or ""
+            # Its kernels look at positions that start anew only where a batch is one row.
+            if "flash" in attention:
+                raise InputError(
+                    f"layout concat: {attention} lets copies see their originals in batches of more than one "
+                    f"row, found {num_rows}; take layout `separate`, or one row at a time"
+                )
+
     def protect_placeholders(self, source: Any) -> None:
         """Never mask where images, sound and video go, as a model's config or a tokenizer names them."""
         found = {getattr(source, name, None) for name in _PLACEHOLDERS}

@@ -30,7 +30,7 @@ class MaskedBatches(TrainerCallback):
         seed: The run's seed.
 
     Raises:
-        InputError: no token to mask with.
+        InputError: no token to mask with; when training begins, a model that can't be trained so.
     """
 
     def __init__(self, options: MEAPOptions, tokenizer: Any, network: Any, seed: int) -> None:
@@ -50,6 +50,7 @@ class MaskedBatches(TrainerCallback):
         self._state, self._per_step = state, args.gradient_accumulation_steps
         self._number = state.global_step * self._per_step
         self._collator = self._around(loader.collate_fn)
+        self._collator.check_model(self._network, args.per_device_train_batch_size)
         loader.collate_fn = self._collate(self._collator)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

@@ -34,8 +34,8 @@ class MEAPOptions:
         seed_cycle: The authors' code has this many different masks (51) and begins again; `null` for none.
         min_answer_tokens: Answers with fewer tokens that may be masked than this get no masked copy.
         layout: Where a copy stands: in a row of its own, behind the original in one row without seeing it
-            (`concat`, the same loss), or seeing it (`concat_visible`, where it can be looked up: an
-            experiment).
+            (`concat`, the same loss; with FlashAttention only for batches of one row), or seeing it
+            (`concat_visible`, where it can be looked up: an experiment).
         copy_loss_weight: What a token of a copy counts in the mean loss.
         mask_token: The tokenizer's token to mask with, such as a reserved one; by default its mask token.
         add_mask_token: Add a token where the tokenizer has none for it, and take it away after training.

@@ -14,7 +14,6 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from weightsmith.errors import InputError
 from weightsmith.training.meap.answers import IGNORED, WEIGHTS, weighing
 from weightsmith.training.meap.collator import DataCollatorForMEAP
-from weightsmith.training.meap.tokens import check_mask_id
 
 _Base = Trainer if TYPE_CHECKING else object
 
@@ -42,14 +41,15 @@ class MEAPTrainerMixin(_Base):
             collator: Around the Trainer's own, `DataCollatorForMEAP(trainer.data_collator, tokenizer)`.
 
         Raises:
-            InputError: the model has no row for the mask token; or copies are to count otherwise than
-                originals, and the Trainer or the model has a loss that isn't by label.
+            InputError: the model has no row for the mask token, or attention that doesn't keep copies behind
+                originals apart; or copies are to count otherwise than originals, and the Trainer or the model
+                has a loss that isn't by label.
 
         Example:
             >>> # trainer.use_meap(DataCollatorForMEAP(trainer.data_collator, tokenizer, mode="sft"))
         """
         model = self.accelerator.unwrap_model(self.model)
-        check_mask_id(collator.mask_token_id, collator.tokenizer, model)
+        collator.check_model(model, self.args.per_device_train_batch_size)
         collator.protect_placeholders(model.config)
         if collator.options.copy_loss_weight != 1:
             self._check_weights()
@@ -167,7 +167,7 @@ class MEAPCallback(TrainerCallback):
                 "MEAPCallback: persistent workers (dataloader_persistent_workers) keep their own copy of the "
                 "collator; take MEAPTrainerMixin"
             )
-        check_mask_id(self.collator.mask_token_id, self.collator.tokenizer, kwargs["model"])
+        self.collator.check_model(kwargs["model"], args.per_device_train_batch_size)
         self.collator.protect_placeholders(kwargs["model"].config)
         self._loader = own_loader(kwargs["train_dataloader"])
         self._collate = self._loader.collate_fn

@@ -108,7 +108,7 @@ def prepare(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[
         columns = meap_sft_map(
             encode_pairs(tokenizer, prompts, answers),
             mask_token_id=tokenizer.mask_token_id,
-            closing=[tokenizer.eos_token_id],
+            protected_ids=[tokenizer.eos_token_id],
             seed=number,
         )
         yield from zip(columns["input_ids"], columns["labels"], strict=True)

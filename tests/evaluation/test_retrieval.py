@@ -1,6 +1,7 @@
 """Facts in a long context: prompts of the right length, needles in their place, closed forms, bad input."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -181,6 +182,14 @@ def test_both_are_tasks_of_evaluate(llama, tmp_path):
         ({"depths": (0.5, 50)}, "a depth must be in 0..1, got 50"),
         ({"haystack_text": ""}, "the haystack is empty"),
         ({"match": "guess"}, "match must be greedy or generate, got 'guess'"),
+        (
+            {"needle": "The {Code}"},
+            "niah: needle 'The {Code}' can't be filled in, expected the fields {name}, {code}",
+        ),
+        ({"needle": "A {"}, "niah: needle 'A {' can't be filled in"),
+        ({"needle": "{name[a]} {code}"}, "niah: needle '{name[a]} {code}' can't be filled in"),
+        ({"needle": "Of {name}."}, "niah: needle 'Of {name}.' doesn't show {code}"),
+        ({"question": "What is {code}"}, "niah: question 'What is {code}' can't be filled in"),
     ],
 )
 def test_a_grid_that_cant_be_is_named(model, arguments, message):
@@ -199,6 +208,20 @@ def test_questions_that_cant_be_asked_are_named(model, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             mdqa(*model, asked, positions, num_documents=3)
+    for template, message in (
+        (
+            {"document": "Doc {n}"},
+            "document 'Doc {n}' can't be filled in, expected the fields {number}, {text}",
+        ),
+        (
+            {"document": "Doc {number}"},
+            "document 'Doc {number}' doesn't show {text}, so nothing could be found",
+        ),
+        ({"question": "Answer:"}, "question 'Answer:' doesn't show {question}"),
+        ({"positions": ()}, "expected at least one position"),
+    ):
+        with pytest.raises(InputError, match=re.escape(f"mdqa: {message}")):
+            mdqa(*model, questions, **{"positions": (1,), "num_documents": 3, **template})
     with pytest.raises(InputError, match="beyond the model's 384 positions"):
         mdqa(*model, made_questions(1, 20), (1,))
     with pytest.raises(InputError, match="kind mdqa needs `prompt`"):

@@ -208,6 +208,8 @@ def test_bad_input_is_named(arguments, message):
         ({"mask_rate": 0.1}, "no option `mask_rate`; did you mean `mask_ratio`?"),
         ({"layout": "concat"}, "layout is about answers: it needs mode `sft`"),
         ({"mode": "sft", "seed_cycle": 51}, "seed_cycle is about whole rows"),
+        ({"mode": "sft", "per_row": False}, "per_row is about whole rows: it needs mode `pretrain`"),
+        ({"mode": "sft", "exclude_last": False}, "exclude_last is about whole rows"),
         ({"seed_cycle": 0}, "seed_cycle must be a whole number of at least 1, got 0"),
         ({"mode": "sft", "min_answer_tokens": 2.5}, "min_answer_tokens must be a whole number"),
         ({"mode": "sft", "copy_loss_weight": -1.0}, "copy_loss_weight must be at least 0"),

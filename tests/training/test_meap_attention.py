@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from weightsmith.errors import InputError
 from weightsmith.training.meap.attention import attention_shift
 
 MASK = 20
@@ -69,3 +70,10 @@ def test_a_mask_that_hides_nothing_changes_nothing(model):
     mask = torch.tensor([[False, True, False, True, False, False]])
     shift = attention_shift(model, ids, mask, MASK)
     assert (shift.score_decay, shift.variance_increase) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_rows_in_which_nothing_can_be_compared_are_named(model, hidden):
+    ids = torch.randint(0, 20, (2, 6), generator=torch.Generator().manual_seed(1))
+    with pytest.raises(InputError, match="none of the 2 rows has both a masked and a visible token"):
+        attention_shift(model, ids, torch.full((2, 6), hidden), MASK)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -237,6 +238,53 @@ def test_each_turn_of_a_conversation_has_its_own_count_and_keeps_its_history(tok
     assert torch.equal(made["input_ids"][1][~hidden], torch.tensor(ids)[~hidden])
 
 
+def tool_call(texts=(30, 40), after=()):
+    """An answer with a special token in its middle, two placeholders, and `after` behind its end token."""
+    first, second = (row(count, count) for count in texts)
+    ids = [*row(5), *first, EOS, *second[:7], 7, 7, *second[7:], EOS, *after]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * 5 + ids[5:]}
+
+
+def test_special_tokens_and_placeholders_inside_an_answer_are_not_masked_and_dont_count(tokenizer):
+    whole = tool_call(after=[11])
+    text = 70 - row(30, 30).count(7) - row(40, 40).count(7) + 1
+    for share, count in ((0.1, text // 10), (1.0, text)):
+        collator = DataCollatorForMEAP(padding(tokenizer), tokenizer, mode="sft", mask_ratio=share)
+        collator.protect_placeholders(LlamaConfig(image_token_id=7))
+        clean, hidden = collator([whole])["input_ids"][0], collator([whole])["input_ids"][1] == MASK
+        assert hidden.sum() == count
+        assert not hidden[(clean == EOS) | (clean == 7)].any()
+    columns = {key: [value] for key, value in whole.items()}
+    made = meap_sft_map(columns, mask_token_id=MASK, protected_ids=[EOS, 7], mask_ratio=1.0)
+    assert made["input_ids"][1][5:].tolist() == [
+        token if token in (EOS, 7) else MASK for token in whole["input_ids"][5:]
+    ]
+
+
+def test_what_is_protected_decides_whether_an_answer_is_long(tokenizer):
+    words = tool_call((20, 30))
+    number = 50 - row(20, 20).count(7) - row(30, 30).count(7)
+
+    def copies(least, **options):
+        options = {"mode": "sft", "min_answer_tokens": least, **options}
+        collator = DataCollatorForMEAP(padding(tokenizer), tokenizer, protected_ids=[7], **options)
+        return collator([words])["input_ids"].shape[0] - 1
+
+    assert (copies(number), copies(number + 1)) == (1, 0)
+    assert (copies(number + 1, protect_special=False), copies(number + 2, protect_special=False)) == (1, 0)
+    columns = {key: [words[key]] for key in ("input_ids", "labels")}
+    for least, rows in ((number, 2), (number + 1, 1)):
+        made = meap_sft_map(columns, mask_token_id=MASK, protected_ids={EOS, 7}, min_answer_tokens=least)
+        assert len(made["input_ids"]) == rows
+
+
+def test_special_tokens_of_an_answer_can_be_masked_but_the_one_that_closes_it(tokenizer):
+    options = {"mode": "sft", "mask_ratio": 1.0, "protect_special": False}
+    collator = DataCollatorForMEAP(padding(tokenizer), tokenizer, protected_ids=[7], **options)
+    clean, hidden = collator([tool_call()])["input_ids"][0], collator([tool_call()])["input_ids"][1] == MASK
+    assert hidden[5:].tolist() == [*(clean[5:-1] != 7).tolist(), False]
+
+
 def test_answers_end_before_their_closing_token_and_never_begin_a_document():
     labels = torch.tensor([[1, 2, -100, 4, 9, 5, 6, 9]])
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
@@ -330,9 +378,9 @@ def test_a_copys_weight_enters_numerator_and_denominator(tokenizer):
 def test_a_data_set_gets_its_copies_once_and_for_all():
     rows = [pair(4, 60, 1), pair(9, 20, 2), pair(3, 70, 3)]
     columns = {key: [row[key] for row in rows] for key in rows[0]}
-    made = meap_sft_map(columns, mask_token_id=MASK, closing=[EOS], seed=1)
-    np.testing.assert_equal(made, meap_sft_map(columns, mask_token_id=MASK, closing=[EOS], seed=1))
-    other = meap_sft_map(columns, mask_token_id=MASK, closing=[EOS], seed=2)
+    made = meap_sft_map(columns, mask_token_id=MASK, protected_ids=[EOS], seed=1)
+    np.testing.assert_equal(made, meap_sft_map(columns, mask_token_id=MASK, protected_ids=[EOS], seed=1))
+    other = meap_sft_map(columns, mask_token_id=MASK, protected_ids=[EOS], seed=2)
     assert made["input_ids"][1].tolist() != other["input_ids"][1].tolist()
     assert [len(ids) for ids in made["input_ids"]] == [65, 65, 30, 74, 74]
     assert made["input_ids"][0].tolist() == rows[0]["input_ids"]
@@ -477,6 +525,67 @@ def test_only_the_last_token_can_go(bare):
     bare.add_tokens(["<later>"])
     with pytest.raises(InputError, match="only the last token can be taken away"):
         strip_mask_token(model, bare, mask)
+
+
+def test_a_model_that_was_saved_with_its_token_is_stripped_by_the_record_alone(bare, tmp_path, caplog):
+    model, plain = tiny(), copy.deepcopy(bare)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    record = pickle.dumps(resolve_mask_token(bare, model, add_mask_token=True))
+    model.save_pretrained(tmp_path)
+    bare.save_pretrained(tmp_path)
+    model, tokenizer = LlamaForCausalLM.from_pretrained(tmp_path), type(bare).from_pretrained(tmp_path)
+    found = resolve_mask_token(tokenizer, model, add_mask_token=True)
+    strip_mask_token(model, tokenizer, found)
+    assert "`[MASK]` was there when it was resolved, so nothing is taken away" in caplog.text
+    assert tokenizer.mask_token == "[MASK]"
+    strip_mask_token(model, tokenizer, pickle.loads(record))
+    assert (tokenizer.get_vocab(), tokenizer.mask_token) == (plain.get_vocab(), None)
+    assert tokenizer("a line")["input_ids"] == plain("a line")["input_ids"]
+    assert model.generation_config.suppress_tokens is None
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_what_is_never_generated_is_the_models_own(bare):
+    model, other = tiny(), tiny()
+    other.generation_config = shared = model.generation_config
+    mask = resolve_mask_token(bare, model, add_mask_token=True)
+    assert model.generation_config.suppress_tokens == [mask.id]
+    assert shared.suppress_tokens is None
+    shared = model.generation_config
+    strip_mask_token(model, bare, mask)
+    assert shared.suppress_tokens == [mask.id]
+
+
+def test_a_token_to_add_needs_the_model(bare):
+    with pytest.raises(InputError, match="a row of the model's embedding: pass the model too"):
+        resolve_mask_token(bare, add_mask_token=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrapper"),
+    [
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, "ModulesToSaveWrapper"),
+        ({"modules_to_save": ["lm_head"]}, "ModulesToSaveWrapper"),
+        ({"trainable_token_indices": [3]}, "TrainableTokensWrapper"),
+    ],
+)
+def test_an_embedding_that_peft_wraps_gets_its_token_before_and_loses_it_after(bare, changes, wrapper):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], **changes)
+    vocabulary = bare.get_vocab()
+    with pytest.raises(InputError, match=f"{wrapper} .* adds a token before get_peft_model"):
+        resolve_mask_token(bare, peft.get_peft_model(tiny(), config), add_mask_token=True)
+    assert bare.get_vocab() == vocabulary
+    model = tiny()
+    mask = resolve_mask_token(bare, model, add_mask_token=True)
+    model = peft.get_peft_model(model, config)
+    with pytest.raises(InputError, match=f"{wrapper} .* merge the adapter"):
+        strip_mask_token(model, bare, mask)
+    model = model.merge_and_unload()
+    strip_mask_token(model, bare, mask)
+    assert model.get_input_embeddings().weight.shape[0] == model.lm_head.weight.shape[0] == 100
+    assert bare.get_vocab() == vocabulary
 
 
 def test_a_frozen_embedding_is_told(bare, caplog):

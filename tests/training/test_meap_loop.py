@@ -17,6 +17,7 @@ from weightsmith.training import (
     plan,
     train,
 )
+from weightsmith.training.meap.durable import MaskedBatches
 
 MASK = VOCABULARY["<mask>"]
 SMALL = {"batch_size": 2, "sequence_length": 24, "threads": 1, "steps": 4, "log_every": 1, "warmup_steps": 0}
@@ -113,6 +114,21 @@ def test_what_cant_be_masked_is_told_before_anything_runs(gpt2, config_folder):
         plan(MEAPFinetuneConfig(data="docs", objective=added, average=kept, **SMALL), gpt2, seed=0)
     sft = MEAPTrainConfig(data="docs", objective=MEAPOptions(mode="sft"), **SMALL)
     assert "the data has no prompts" in plan(sft, config_folder, seed=0).warnings[0]
+
+
+def test_a_run_whose_attention_would_let_copies_see_their_originals_is_refused(
+    config_folder, tmp_path, monkeypatch
+):
+    begin = MaskedBatches.on_train_begin
+
+    def with_flash_attention(self, *args, **kwargs):
+        self._network.config._attn_implementation = "flash_attention_2"
+        begin(self, *args, **kwargs)
+
+    monkeypatch.setattr(MaskedBatches, "on_train_begin", with_flash_attention)
+    config = MEAPTrainConfig(data="docs", objective=MEAPOptions(mode="sft", layout="concat"), **SMALL)
+    with pytest.raises(InputError, match=r"layout concat: flash_attention_2 lets copies see .* found 2"):
+        go(config, config_folder, tmp_path)
 
 
 def test_a_plain_config_says_what_it_always_said(config_folder):

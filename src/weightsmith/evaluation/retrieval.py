@@ -114,8 +114,8 @@ def niah_grid(
         depths: Where in the text the sentence stands, 0 (beginning) to 1 (end).
         needles: Sentences for each length and depth.
         seed: Decides names, codes, and where in the text each prompt begins.
-        needle: The sentence, with `{name}` and `{code}`.
-        question: What comes last, with `{name}`; the answer is a blank and the code.
+        needle: The sentence, with `{code}`, and with `{name}` where there is one.
+        question: What comes last, with `{name}` where there is one; the answer is a blank and the code.
         match: See above.
         suppress: Ids that `match="generate"` must not generate, such as a mask token's.
         batch_size: Prompts at once.
@@ -125,8 +125,10 @@ def niah_grid(
 
     Raises:
         InputError: a length beyond the model's positions or without room for the needle, a depth outside
-            0..1, or an empty haystack.
+            0..1, an empty haystack, or a sentence without the code or with fields that nothing fills.
     """
+    _check_template("niah: needle", needle, ("code",), name="wowowo", code="00000")
+    _check_template("niah: question", question, (), name="wowowo")
     hay = list(token_ids(tokenizer, haystack_text))
     _check_grid(model, lengths, depths, needles, hay)
     start, rng = likelihood.start_token(tokenizer), random.Random(seed)
@@ -186,9 +188,13 @@ def mdqa(
         A cell for each position.
 
     Raises:
-        InputError: a position that isn't there, a question with too few documents or without an answer, or a
-            prompt beyond the model's positions.
+        InputError: no position or one that isn't there, a question with too few documents or without an
+            answer, a prompt beyond the model's positions, or one that doesn't show a text or a question.
     """
+    _check_template("mdqa: document", document, ("text",), number=1, text="wowowo")
+    _check_template("mdqa: question", question, ("question",), question="wowowo")
+    if not positions:
+        raise InputError("mdqa: expected at least one position")
     for position in positions:
         if not 1 <= position <= num_documents:
             raise InputError(
@@ -308,6 +314,17 @@ def _cut(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]
 
 def _name(rng: random.Random) -> str:
     return "".join(rng.choice(_SYLLABLES) for _ in range(3))
+
+
+def _check_template(what: str, template: str, needed: Sequence[str], **fields: Any) -> None:
+    known = ", ".join(f"{{{name}}}" for name in fields)
+    try:
+        written = template.format(**fields)
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{what} {template!r} can't be filled in, expected the fields {known}") from error
+    for name in needed:
+        if str(fields[name]) not in written:
+            raise InputError(f"{what} {template!r} doesn't show {{{name}}}, so nothing could be found")
 
 
 def _check_grid(

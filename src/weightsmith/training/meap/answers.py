@@ -3,14 +3,16 @@
 Source   arXiv:2502.07490, section 3 (fine-tuning), and the authors' code: positions inside the answer, its
          closing token excepted, and labels at the masked tokens only. Decided here: the rule holds for each
          answer of a conversation, which keeps its history (the code trains each turn without those before
-         it); and the first token of a document is no answer, since nothing predicts it.
+         it); what is protected is never masked and doesn't count, wherever in an answer it stands; and the
+         first token of a document is no answer, since nothing predicts it.
 Letters  B rows, T tokens of a row, C copies, R answers that are long enough
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from weightsmith.errors import InputError
 from weightsmith.training.encoding import IGNORED, joined, parted
-from weightsmith.training.meap.masking import choose
+from weightsmith.training.meap.masking import choose, is_any
 from weightsmith.training.meap.options import MEAPOptions
 
 WEIGHTS = "loss_weights"
@@ -70,17 +72,34 @@ def document_starts(shape: Iterable[int], position_ids: Tensor | None) -> np.nda
 
 
 def masked_answers(
-    batch: dict[str, Any], options: MEAPOptions, seed: Any, closing: Collection[int]
+    batch: dict[str, Any],
+    options: MEAPOptions,
+    seed: Any,
+    closing: Collection[int] = (),
+    protected: Collection[int] = (),
 ) -> Tensor:
-    """Bool (B, T) on the CPU: the tokens of long answers that copies hide."""
-    labels, positions = batch["labels"], batch.get("position_ids")
-    found = find_answers(labels, positions, closing)
+    """Bool (B, T) on the CPU: the tokens of long answers that copies hide.
+
+    Args:
+        batch: With labels, which are the tokens of the answers.
+        options: What is long, and how much is hidden.
+        seed: Decides which tokens.
+        closing: Ids of tokens that close an answer; one at its end is no part of it.
+        protected: Ids that are never hidden, and don't count towards an answer's length.
+    """
+    labels = batch["labels"].cpu()
+    found = find_answers(labels, batch.get("position_ids"), closing)
+    # Of all, not of those that may be hidden: no more than a bound, for which no token is looked at.
     long = found.stop - found.start >= options.min_answer_tokens
     row_R, start_R, stop_R = (part[long] for part in found)
+    places = np.arange(labels.shape[1])
+    allowed_RT = torch.from_numpy((places >= start_R[:, None]) & (places < stop_R[:, None]))
+    if protected:
+        allowed_RT &= ~is_any(labels[row_R], protected)
+        long = allowed_RT.sum(1) >= options.min_answer_tokens
+        row_R, allowed_RT = row_R[long.numpy()], allowed_RT[long]
     masked_BT = torch.zeros(labels.shape, dtype=torch.bool)
     if len(row_R):
-        places = np.arange(labels.shape[1])
-        allowed_RT = torch.from_numpy((places >= start_R[:, None]) & (places < stop_R[:, None]))
         seed = seed.cpu() if isinstance(seed, Tensor) else seed
         chosen_RT = choose(allowed_RT, options.ratio, seed, exact_count=options.exact_count)
         answers, places = _places(chosen_RT.numpy())
@@ -127,7 +146,7 @@ def meap_sft_map(
     examples: Mapping[str, Sequence[Sequence[int]]],
     *,
     mask_token_id: int,
-    closing: Collection[int] = (),
+    protected_ids: Collection[int] = (),
     seed: int = 0,
     **options: Any,
 ) -> dict[str, list[Any]]:
@@ -137,7 +156,8 @@ def meap_sft_map(
     Args:
         examples: Columns `input_ids` and `labels`, and others with an entry for each token.
         mask_token_id: What copies are masked with.
-        closing: Ids that close an answer; one at its end is never masked.
+        protected_ids: Ids that are never masked and don't count towards an answer's length: the tokenizer's
+            `all_special_ids`, so that the token that closes an answer stays, and placeholders of images.
         seed: Decides the masks. Give each batch its own (`with_indices=True`), or equal rows get equal masks.
         **options: Fields of `MEAPOptions`.
 
@@ -157,7 +177,7 @@ def meap_sft_map(
     is_token = np.arange(lengths.max(initial=0)) < lengths[:, None]
     labels_BT = np.full(is_token.shape, IGNORED, np.int64)
     labels_BT[is_token] = labels
-    masked = masked_answers({"labels": torch.from_numpy(labels_BT)}, chosen, seed, closing)
+    masked = masked_answers({"labels": torch.from_numpy(labels_BT)}, chosen, seed, protected=protected_ids)
     has_copy, hidden = masked.any(1).tolist(), masked.numpy()[is_token]
     columns: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
         **{key: (column, column) for key, column in examples.items()},
@@ -288,6 +308,46 @@ def _behind(
     return made
 
 
+@contextlib.contextmanager
+def weighing(network: Any, weights: Tensor) -> Iterator[None]:
+    """Within, label i counts `weights[i]` wherever the network takes its loss: also where it takes one at
+    several depths, and whatever it adds to it stays.
+
+    Args:
+        network: A causal model of transformers with the usual `loss_function`.
+        weights: (B, T), for the labels of the batch that it is called on.
+
+    Raises:
+        InputError: the network's loss is that of other labels, or none by `loss_function`.
+    """
+    usual, name = network.loss_function, type(network).__name__
+    is_taken = False
+
+    def loss(
+        logits: Tensor, labels: Tensor | None, *_: Any, num_items_in_batch: Any = None, **__: Any
+    ) -> Tensor:
+        nonlocal is_taken
+        if labels is None or labels.shape != weights.shape:
+            found = "none" if labels is None else tuple(labels.shape)
+            raise InputError(
+                f"copy_loss_weight: {name} takes its loss of labels of shape {found}, expected "
+                f"{tuple(weights.shape)}: all of a batch on one device"
+            )
+        is_taken = True
+        return weighted_loss(logits, labels, weights, num_items_in_batch)
+
+    network.loss_function = loss
+    try:
+        yield
+    finally:
+        network.loss_function = usual
+    if not is_taken:
+        raise InputError(
+            "copy_loss_weight other than 1 weighs labels in a model's loss_function, which "
+            f"{name} didn't call"
+        )
+
+
 def weighted_loss(
     logits: Tensor, labels: Tensor, weights: Tensor, total: Tensor | float | None = None
 ) -> Tensor:
@@ -304,4 +364,5 @@ def weighted_loss(
     losses = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
     )
-    return (losses * weights.flatten()).sum() / (weights.sum() if total is None else total)
+    total = weights.sum() if total is None else torch.as_tensor(total, device=logits.device)
+    return (losses * weights.flatten()).sum() / total

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weightsmith.errors import InputError
+
 
 @dataclass(frozen=True)
 class AttentionShift:
@@ -38,9 +40,17 @@ def attention_shift(
         mask: Bool (B, T): what is masked. Rows without masked or without visible tokens are left out.
         mask_token_id: By what.
         attention_mask: (B, T), 0 for padding.
+
+    Raises:
+        InputError: every row is left out.
     """
     real = torch.ones_like(mask) if attention_mask is None else attention_mask.bool()
     rows = (mask & real).any(1) & (~mask & real).any(1)
+    if not rows.any():
+        raise InputError(
+            f"attention_shift: none of the {len(rows)} rows has both a masked and a visible token, expected "
+            "one or more"
+        )
     ids, mask, real = input_ids[rows], mask[rows], real[rows]
     clean = _attention(model, ids, real)
     masked = _attention(model, torch.where(mask, mask_token_id, ids), real)

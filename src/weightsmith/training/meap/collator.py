@@ -63,7 +63,7 @@ class DataCollatorForMEAP:
         options: A `MEAPOptions`, or a mapping of its fields.
         seed: Decides the masks.
         vocab_size: Rows of the model's embedding, to refuse a mask token that has none.
-        protected_ids: Further special ids: never masked, and no part of an answer that they close.
+        protected_ids: Further special ids: never masked, also where `protect_special` is off.
         **fields: Fields of `MEAPOptions`.
 
     Raises:
@@ -140,6 +140,12 @@ class DataCollatorForMEAP:
                 "MEAP: a Trainer evaluates on masked inputs; take MEAPTrainerMixin or MEAPCallback, or call "
                 "collator.eval() first",
             )
+        if self.options.copy_loss_weight != 1:
+            self._tell(
+                "weights",
+                f"MEAP: copy_loss_weight {self.options.copy_loss_weight:g} is in batches as "
+                f"`{answers.WEIGHTS}`, which MEAPTrainerMixin reads and no other Trainer or model does",
+            )
         return self.mask(batch)
 
     def train(self) -> None:
@@ -149,6 +155,27 @@ class DataCollatorForMEAP:
     def eval(self) -> None:
         """Leave inputs clean from now on."""
         self.training = False
+
+    def check_model(self, model: Any, num_rows: int) -> None:
+        """Refuse a model that can't be trained on what this makes.
+
+        Args:
+            model: A causal model of transformers.
+            num_rows: Rows of a batch before copies.
+
+        Raises:
+            InputError: no row for the mask token, or copies behind originals that its attention wouldn't keep
+                apart.
+        """
+        check_mask_id(self.mask_token_id, self.tokenizer, model)
+        if self.options.layout == "concat" and num_rows > 1:
+            attention = model.config.get_text_config()._attn_implementation or ""
+            # Its kernels look at positions that start anew only where a batch is one row.
+            if "flash" in attention:
+                raise InputError(
+                    f"layout concat: {attention} lets copies see their originals in batches of more than one "
+                    f"row, found {num_rows}; take layout `separate`, or one row at a time"
+                )
 
     def protect_placeholders(self, source: Any) -> None:
         """Never mask where images, sound and video go, as a model's config or a tokenizer names them."""
@@ -208,7 +235,7 @@ class DataCollatorForMEAP:
             if without:
                 self.rows_without_labels += without
                 self._tell("labels", f"MEAP: {without} rows of a batch have no labels and get no copy")
-            hidden = answers.masked_answers(batch, self.options, seed, self.closing)
+            hidden = answers.masked_answers(batch, self.options, seed, self.closing, self.protected)
             self._count(hidden, batch["labels"] != answers.IGNORED)
             return answers.with_copies(batch, hidden, self.mask_token_id, self.options, self.pad_token_id)
         options, allowed = self.options, self._visible(batch)

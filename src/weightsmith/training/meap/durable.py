@@ -14,6 +14,7 @@ from weightsmith.training.meap.answers import IGNORED
 from weightsmith.training.meap.collator import DataCollatorForMEAP
 from weightsmith.training.meap.options import MEAPOptions
 from weightsmith.training.meap.tokens import resolve_mask_token, strip_mask_token
+from weightsmith.training.meap.trainer import own_loader
 
 
 class MaskedBatches(TrainerCallback):
@@ -29,7 +30,7 @@ class MaskedBatches(TrainerCallback):
         seed: The run's seed.
 
     Raises:
-        InputError: no token to mask with.
+        InputError: no token to mask with; when training begins, a model that can't be trained so.
     """
 
     def __init__(self, options: MEAPOptions, tokenizer: Any, network: Any, seed: int) -> None:
@@ -45,13 +46,11 @@ class MaskedBatches(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the collator around the loader's own."""
-        loader = kwargs["train_dataloader"]
-        loader = getattr(
-            loader, "base_dataloader", loader
-        )  # accelerate's wrapper only passes on what it holds
+        loader = own_loader(kwargs["train_dataloader"])
         self._state, self._per_step = state, args.gradient_accumulation_steps
         self._number = state.global_step * self._per_step
         self._collator = self._around(loader.collate_fn)
+        self._collator.check_model(self._network, args.per_device_train_batch_size)
         loader.collate_fn = self._collate(self._collator)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -61,7 +60,8 @@ class MaskedBatches(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave model and tokenizer as they were."""
-        strip_mask_token(self._network, self._tokenizer, self._mask)
+        if self._mask.is_added:
+            strip_mask_token(self._network, self._tokenizer, self._mask)
 
     def mask(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
         """A batch of clean windows as batch `number` of the run would have it, for who trains before it

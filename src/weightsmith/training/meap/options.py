@@ -24,16 +24,18 @@ class MEAPOptions:
         mode: `pretrain` masks the inputs of every row. `sft` leaves rows as they are and adds, for each with
             a long answer, a copy with part of the answer masked, whose loss counts the masked tokens only.
         mask_ratio: Share of the tokens that are masked, 0 to 1; by default 0.15, and 0.1 of an answer.
-        per_row: Each row has positions of its own; `false` gives all rows of a batch the same ones.
-        exact_count: Exactly `floor(mask_ratio x eligible)` tokens of a row, at least one; `false` decides
-            token by token.
-        exclude_last: The last token that a row has is never masked.
-        protect_special: Start, end and other special tokens are never masked. Padding never is.
+        per_row: Each row has positions of its own; `false` gives all rows of a batch the same ones. Answers
+            always have their own.
+        exact_count: Exactly `floor(mask_ratio x eligible)` tokens of a row or of an answer, at least one;
+            `false` decides token by token.
+        exclude_last: The last token that a row has is never masked. Answers have their closing token for it.
+        protect_special: Start, end and other special tokens are never masked. Padding and the special token
+            that closes an answer never are.
         seed_cycle: The authors' code has this many different masks (51) and begins again; `null` for none.
-        min_answer_tokens: Answers with fewer tokens than this get no masked copy.
+        min_answer_tokens: Answers with fewer tokens that may be masked than this get no masked copy.
         layout: Where a copy stands: in a row of its own, behind the original in one row without seeing it
-            (`concat`, the same loss), or seeing it (`concat_visible`, where it can be looked up: an
-            experiment).
+            (`concat`, the same loss; with FlashAttention only for batches of one row), or seeing it
+            (`concat_visible`, where it can be looked up: an experiment).
         copy_loss_weight: What a token of a copy counts in the mean loss.
         mask_token: The tokenizer's token to mask with, such as a reserved one; by default its mask token.
         add_mask_token: Add a token where the tokenizer has none for it, and take it away after training.
@@ -71,8 +73,10 @@ class MEAPOptions:
             for name in ("min_answer_tokens", "layout", "copy_loss_weight"):
                 if getattr(self, name) != getattr(MEAPOptions, name):
                     raise InputError(f"{name} is about answers: it needs mode `sft`")
-        elif self.seed_cycle is not None:
-            raise InputError("seed_cycle is about whole rows: it needs mode `pretrain`")
+        else:
+            for name in ("seed_cycle", "per_row", "exclude_last"):
+                if getattr(self, name) != getattr(MEAPOptions, name):
+                    raise InputError(f"{name} is about whole rows: it needs mode `pretrain`")
         if self.mask_token is not None and self.add_mask_token:
             raise InputError("mask_token names a token that is there: leave add_mask_token out")
 

@@ -40,6 +40,11 @@ class MaskToken:
     tokenizer: dict[str, Any] | None = None
     suppressed: Any = None
 
+    @property
+    def is_added(self) -> bool:
+        """Whether it was added, and can be taken away."""
+        return self.rows is not None
+
 
 def resolve_mask_token(
     tokenizer: Any, model: Any = None, token: str | None = None, *, add_mask_token: bool = False
@@ -57,7 +62,8 @@ def resolve_mask_token(
         add_mask_token: Add one where there is none.
 
     Raises:
-        InputError: no such token, none at all, one with another meaning, or one beyond the embedding.
+        InputError: no such token, none at all, one with another meaning, or one beyond the embedding; a token
+            to add without a model, or to one whose embedding PEFT has wrapped.
     """
     if token is not None:
         known = tokenizer.get_vocab()
@@ -69,7 +75,12 @@ def resolve_mask_token(
         found = MaskToken(token, known[token])
     elif tokenizer.mask_token_id is not None:
         found = MaskToken(tokenizer.mask_token, tokenizer.mask_token_id)
-    elif add_mask_token and model is not None:
+    elif add_mask_token:
+        if model is None:
+            raise InputError(
+                "add_mask_token=True gives the new token a row of the model's embedding: pass the model too"
+            )
+        _check_plain(model, "resolve_mask_token adds a token before get_peft_model")
         return _added(tokenizer, model)
     else:
         raise InputError(
@@ -103,14 +114,28 @@ def check_mask_id(id: int, tokenizer: Any = None, model: Any = None) -> None:
 
 
 def strip_mask_token(model: Any, tokenizer: Any, mask: MaskToken) -> None:
-    """Take away what `resolve_mask_token` added; every other row keeps its bits. Without effect where nothing
-    was added.
+    """Take away what `resolve_mask_token` added; every other row keeps its bits. Where nothing was added
+    nothing is taken away, which is told.
+
+    What was there before is in `mask` and nowhere else: to strip a model that was saved with its token and
+    loaded again, pickle `mask` beside it. Resolved again, the token is one that the tokenizer has.
+
+    Args:
+        model: The model that the token was added to, or a copy of it.
+        tokenizer: Its tokenizer, or None to leave it as it is.
+        mask: What `resolve_mask_token` gave when it added the token.
 
     Raises:
-        InputError: tokens were added behind it.
+        InputError: tokens were added behind it, or PEFT has wrapped the embedding.
     """
-    if mask.rows is None:
+    if not mask.is_added:
+        logger.warning(
+            "MEAP: `%s` was there when it was resolved, so nothing is taken away; a token that was added "
+            "before is taken away with the MaskToken of that time",
+            mask.token,
+        )
         return
+    _check_plain(model, "merge the adapter (merge_and_unload) before strip_mask_token")
     if tokenizer is not None:
         if len(tokenizer) != mask.id + 1:
             raise InputError(
@@ -125,8 +150,7 @@ def strip_mask_token(model: Any, tokenizer: Any, mask: MaskToken) -> None:
     with torch.no_grad():
         for weight, row in zip(_embeddings(model), mask.spare, strict=False):
             weight[mask.id] = row.to(weight)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.suppress_tokens = mask.suppressed
+    _suppress(model, mask.suppressed)
 
 
 def _added(tokenizer: Any, model: Any) -> MaskToken:
@@ -146,11 +170,25 @@ def _added(tokenizer: Any, model: Any) -> MaskToken:
             mean = weight[: min(known, rows)].float().mean(0).to(weight.dtype)
             weight[first : (id + 1 if id < rows else len(weight))] = mean
     _tell_if_frozen(model)
-    config = getattr(model, "generation_config", None)
-    suppressed = getattr(config, "suppress_tokens", None)
-    if config is not None:
-        config.suppress_tokens = [*(suppressed or ()), id]
+    suppressed = getattr(getattr(model, "generation_config", None), "suppress_tokens", None)
+    _suppress(model, [*(suppressed or ()), id])
     return MaskToken(ADDED, id, rows, spare, before, suppressed)
+
+
+def _suppress(model: Any, ids: Any) -> None:
+    if getattr(model, "generation_config", None) is not None:
+        # Another model may have the same object.
+        model.generation_config = copy.deepcopy(model.generation_config)
+        model.generation_config.suppress_tokens = ids
+
+
+def _check_plain(model: Any, advice: str) -> None:
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None and not isinstance(module, torch.nn.Embedding | torch.nn.Linear):
+            raise InputError(
+                f"the embedding is a {type(module).__name__} around the model's own, whose rows can't be "
+                f"added or taken away: {advice}"
+            )
 
 
 def _embeddings(model: Any) -> list[Tensor]:
@@ -164,7 +202,8 @@ def _tell_if_frozen(model: Any) -> None:
     if not model.get_input_embeddings().weight.requires_grad:
         logger.warning(
             "MEAP: the embedding is frozen, so the new mask token keeps the mean of the others; PEFT trains "
-            "it with modules_to_save=['embed_tokens'] or trainable_token_indices"
+            "it with modules_to_save=['embed_tokens'] or trainable_token_indices, if the token is added "
+            "before get_peft_model"
         )
 
 

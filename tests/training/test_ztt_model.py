@@ -227,6 +227,21 @@ def test_gradient_checkpointing_changes_no_gradient(ids, left_padded):
     torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"exit_kv": "copy"}], ids=str)
+def test_mixed_precision_trains_as_float32_does_but_for_rounding(ids, left_padded, options, cached):
+    found = []
+    for mixed in (False, True):
+        net = model(num_cycles=2, **options).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            out = net(ids, attention_mask=left_padded, labels=ids, use_cache=cached)
+        out.loss.backward()
+        found.append((out.loss, torch.cat([parameter.grad.flatten() for parameter in net.parameters()])))
+    (loss, gradient), (mixed_loss, mixed_gradient) = found
+    torch.testing.assert_close(mixed_loss, loss, rtol=2e-2, atol=0)
+    assert torch.cosine_similarity(gradient, mixed_gradient, dim=0) > 0.98
+
+
 # --- cache ----------------------------------------------------------------------------------------------
 
 

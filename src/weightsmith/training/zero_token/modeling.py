@@ -35,7 +35,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from weightsmith.errors import CheckpointError, InputError
 from weightsmith.training.zero_token import options
-from weightsmith.training.zero_token.attention import additive_mask, choose
+from weightsmith.training.zero_token.attention import additive_mask, choose, computed_in
 from weightsmith.training.zero_token.config import ZTTConfig
 from weightsmith.training.zero_token.exits import ReadOut, leaves, real_tokens, signal
 from weightsmith.training.zero_token.layers import CycleGate, ZeroTokens, ZTTAttention, ZTTDecoderLayer
@@ -322,7 +322,7 @@ class ZTTModel(ZTTPreTrainedModel):
                 )
             made[sliding, False] = mask
             # Made once for all layers and cycles; a float mask would do for the others too, more slowly.
-            made[sliding, True] = additive_mask(mask, states.dtype)
+            made[sliding, True] = additive_mask(mask, computed_in(states))
         return made
 
 

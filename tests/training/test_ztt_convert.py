@@ -29,15 +29,21 @@ from weightsmith.errors import CheckpointError, InputError
 from weightsmith.merging import merge, plan_merge
 from weightsmith.training import (
     CycleSchedule,
+    FinetuneConfig,
+    HRPAdapterOptions,
+    LoRAOptions,
+    TrainConfig,
     ZTTConfig,
     ZTTForCausalLM,
     ZTTOptions,
     calibrate_exit,
     convert,
     convert_to_ztt,
+    finetune,
+    train,
 )
 from weightsmith.training.zero_token.cycles import cycles_of_step
-from weightsmith.training.zero_token.options import KEYS, SCORES, cache_slots, shapes_of
+from weightsmith.training.zero_token.options import CYCLES, KEYS, SCORES, cache_slots, shapes_of
 
 SMALL = {
     "vocab_size": 40,
@@ -310,6 +316,38 @@ def test_an_adapter_of_every_projection_computes_what_it_does_once_merged(ids, k
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=names, init_lora_weights=False)).eval()
     found, plain = adapted(input_ids=ids).logits, adapted.merge_and_unload()(ids).logits
     torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-4)
+
+
+SHORT = {"steps": 8, "batch_size": 2, "sequence_length": 24, "threads": 1, "warmup_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def cycled(config_folder, tmp_path_factory):
+    """A converted checkpoint, whose later cycles are behind closed gates."""
+    folder = tmp_path_factory.mktemp("cycled")
+    config = TrainConfig(data="docs", **SHORT)
+    base = train(config, config_folder, folder / "base", workdir=folder / "work", seed=1).checkpoint
+    return convert(base, folder / "cycled", ZTTOptions(num_cycles=3))
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [LoRAOptions(rank=2), LoRAOptions(rank=2, init="pissa"), HRPAdapterOptions(rank=2, preheat_steps=2)],
+    ids=["lora", "pissa", "hrp"],
+)
+def test_an_adapter_of_a_recipe_opens_the_gates_of_a_converted_model(cycled, tmp_path, adapter):
+    config = FinetuneConfig(data="docs", adapter=adapter, learning_rate=0.05, **SHORT)
+    finetune(config, cycled, tmp_path / "model", workdir=tmp_path / "work", seed=3)
+    with Checkpoint.open(cycled) as before, Checkpoint.open(tmp_path / "model") as after:
+        assert {n: (i.dtype, i.shape) for n, i in before.tensors.items()} == {
+            n: (i.dtype, i.shape) for n, i in after.tensors.items()
+        }
+        changed = {n for n in before.tensors if (before.read(n) != after.read(n)).any()}
+        assert (np.abs(after.read(CYCLES)) > 1e-3).all()
+    assert {name for name in changed if "proj" not in name} == {KEYS, SCORES, CYCLES}
+    if adapter.keeps_base:
+        with Checkpoint.open(tmp_path / "work" / "adapter", base=cycled) as opened:
+            assert opened.changed == changed
 
 
 # --- slices of models with cycles -----------------------------------------------------------------------

@@ -31,6 +31,8 @@ IMPLEMENTATIONS = ("auto", "lse", "concat")
 KEYS = "model.zero_token.bias_k"
 SCORES = "model.zero_token.bias_z"
 CYCLES = "model.cycle_gate.bias"
+EXTRA_MODULES = ("model.zero_token", "model.cycle_gate")
+"""What a base doesn't have, as far as a model has it: trained as a whole where an adapter is trained."""
 KEY_STD = 0.02
 MANY_LAYERS = 1_000_000
 """Stands for a model whose layers are not known yet."""

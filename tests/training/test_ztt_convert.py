@@ -40,6 +40,7 @@ from weightsmith.training import (
     convert,
     convert_to_ztt,
     finetune,
+    resize_cycles,
     train,
 )
 from weightsmith.training.zero_token.cycles import cycles_of_step
@@ -124,6 +125,31 @@ def test_in_memory_and_on_disk_are_the_same(kind, tmp_path):
         assert torch.equal(tensor, state[name]), name
     for key in ("num_hidden_layers", "num_physical_layers", "layer_types", "attention_bias", "qk_norm"):
         assert getattr(written.config, key) == getattr(made.config, key)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_sixteen_bits_leave_the_rotary_frequencies_alone(tmp_path, dtype):
+    base_of("llama").save_pretrained(tmp_path)
+    base = LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    made = convert_to_ztt(base, ZTTOptions(num_cycles=2, zero_token=False))
+    ids = torch.randint(3, 40, (1, 1024), generator=torch.Generator().manual_seed(0))
+    for net in (made, resize_cycles(made, 3)):
+        assert net.dtype == dtype
+        for name, frequencies in base.model.rotary_emb.named_buffers():
+            assert torch.equal(net.model.rotary_emb.get_buffer(name), frequencies)
+        torch.testing.assert_close(net(ids).logits, base(ids).logits, rtol=1e-2, atol=1e-2)
+
+
+def test_the_attention_is_kept_and_generation_settings_are_a_copy():
+    base = base_of("llama")
+    base.set_attn_implementation("eager")
+    base.generation_config.max_new_tokens = 5
+    made = convert_to_ztt(base, ZTTOptions(num_cycles=2))
+    for net, source in ((made, base), (resize_cycles(made, 3), made)):
+        assert net.config._attn_implementation == "eager"
+        assert net.generation_config.to_dict() == source.generation_config.to_dict()
+        assert net.generation_config is not source.generation_config
 
 
 @pytest.mark.parametrize("kind", BASES)

@@ -451,11 +451,15 @@ def test_a_later_token_never_changes_earlier_ones(ids, policy):
 @pytest.mark.parametrize("policy", ["propagate", "copy"])
 @torch.no_grad()
 def test_tokens_that_leave_one_by_one_leave_the_same_with_a_cache(ids, left_padded, policy):
-    """Token by token through a cache, rows leaving at different cycles, against one pass."""
+    """Token by token through a cache, rows leaving at different cycles, against one pass without."""
     net = model(num_cycles=3, exit_kv=policy)
     options = {"exit_threshold": middle_signal(net, ids, left_padded), "exit_level": "token"}
     whole = net(ids, attention_mask=left_padded, use_cache=True, **options)
     used = whole.num_cycles_used
+    without = net(ids, attention_mask=left_padded, use_cache=False, **options)
+    assert without.past_key_values is None
+    assert torch.equal(without.num_cycles_used, used)
+    close(without.logits, whole.logits, left_padded)
     assert any(len(column.unique()) > 1 for column in used[:, 3:].T)
     cache = DynamicCache(config=net.config)
     found = stepwise(net, ids, cache, left_padded, cuts=range(1, 8), **options)

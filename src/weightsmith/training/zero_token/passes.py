@@ -49,7 +49,8 @@ class Pass:
                 "the same cycle; their results differ, and training is without"
             )
         self._places = max(model.config.num_cycles, self.held)
-        self._keeps = cache is not None and self.config.exit_kv == "copy"
+        # Without a cache too: later tokens of the same pass read these keys. In training nothing leaves.
+        self._keeps = self.config.exit_kv == "copy" and not model.training
         self._last: dict[int, tuple[Tensor, ...]] = {}
         self._left: Tensor | None = None
 

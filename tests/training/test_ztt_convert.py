@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,6 +164,17 @@ def test_shapes_are_known_without_the_model(kind):
     assert cache_slots(values) == made.config.num_hidden_layers == 6
 
 
+@torch.no_grad()
+def test_a_model_of_one_cycle_has_no_options_of_later_ones(ids):
+    base = base_of("llama")
+    once = convert_to_ztt(base, ZTTOptions(num_cycles=1, zero_token=False))
+    assert once.config.cycle_gate == "off"
+    cycled = convert_to_ztt(base, ZTTOptions(num_cycles=3, training_cycles="grow", deep_supervision=0.1))
+    again = resize_cycles(cycled, 1)
+    assert (again.config.cycle_gate, again.config.deep_supervision) == ("off", 0.0)
+    torch.testing.assert_close(again(ids).logits, cycled(ids, num_cycles=1).logits)
+
+
 def test_the_output_says_where_it_comes_from_and_holds_the_bases_bytes(tmp_path):
     base_of("llama").save_pretrained(tmp_path / "base")
     out = convert(tmp_path / "base", tmp_path / "out", ZTTOptions(num_cycles=2), seed=1)
@@ -199,6 +212,8 @@ def test_options_and_files_that_do_not_fit_are_named_before_anything_is_written(
     out = tmp_path / "out"
     with pytest.raises(InputError, match="5 of 4 layers leave no middle"):
         convert(tmp_path / "base", out, ZTTOptions(num_head_layers=3, num_tail_layers=2))
+    with pytest.raises(InputError, match=r"zero_bias: expected true, found false: .* begin as its base"):
+        convert(tmp_path / "base", out, ZTTOptions(zero_bias=False))
     convert(tmp_path / "base", tmp_path / "ztt")
     with pytest.raises(InputError, match="ztt already; `resize_cycles`"):
         convert(tmp_path / "ztt", out)
@@ -319,6 +334,36 @@ def test_the_trainer_trains_it_keeps_zero_tokens_from_decay_and_draws_cycles(tmp
     assert {"model.zero_token.bias_k", "model.zero_token.bias_z", "model.cycle_gate.bias"} <= set(plain)
     with pytest.raises(InputError, match="LlamaForCausalLM has no cycles"):
         CycleSchedule(LlamaForCausalLM(LlamaConfig(**SMALL)))
+
+
+def test_a_schedule_that_nothing_follows_is_told_once(caplog):
+    ids = torch.arange(6)[None] + 3
+    model = ZTTForCausalLM(ZTTConfig(**SMALL, num_cycles=3, training_cycles="grow")).eval()
+    logging.Logger.warning_once.cache_clear()
+    model(ids)
+    model.train()(ids, num_cycles=2)
+    CycleSchedule(model).on_step_begin(None, SimpleNamespace(global_step=0, max_steps=9), None)
+    assert model(ids).num_cycles_used.tolist() == [1]
+    assert not caplog.messages
+    model.model.cycles_now = None
+    for _ in range(2):
+        assert model(ids).num_cycles_used.tolist() == [3]
+    (message,) = caplog.messages
+    assert message.startswith("training_cycles grow: nothing sets the cycles of a step, so all run")
+
+
+def test_the_trainer_measures_logits_alone(tmp_path):
+    rows = [{"input_ids": torch.arange(6) + 3, "labels": torch.arange(6) + 3} for _ in range(4)]
+    shapes = []
+
+    def measure(found):
+        shapes.append(found.predictions.shape)
+        return {}
+
+    arguments = TrainingArguments(str(tmp_path), report_to=[], disable_tqdm=True, use_cpu=True)
+    model = ZTTForCausalLM(ZTTConfig(**SMALL, num_cycles=2))
+    Trainer(model, arguments, eval_dataset=rows, compute_metrics=measure).evaluate()
+    assert shapes == [(4, 6, 40)]
 
 
 def test_lora_adapts_shared_layers_in_every_cycle(ids):

@@ -599,10 +599,14 @@ def test_resized_cycles_begin_where_the_last_one_was(ids):
 
 
 def test_a_fixed_number_of_cycles_compiles_to_one_graph(ids):
-    net = model(num_cycles=2)
+    net = model(num_cycles=3, training_cycles="grow")
     whole = torch.compile(net, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        close(whole(ids).logits, net(ids).logits)
+    for mixed in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            close(whole(ids).logits, net(ids).logits)
+            close(whole(ids, num_cycles=2).logits, net(ids, num_cycles=2).logits)
+    net.train()
+    close(whole(ids).logits, net(ids).logits)
 
 
 @pytest.mark.parametrize(
@@ -620,6 +624,13 @@ def test_a_fixed_number_of_cycles_compiles_to_one_graph(ids):
         ({"zero_token": False, "exit_threshold": 0.5}, "zero_attention needs zero tokens"),
         ({"zero_token_impl": "fast"}, "zero_token_impl: expected auto, lse, concat, found 'fast'"),
         ({"physical_layer_types": ["full_attention"]}, "physical_layer_types: 1 of 4 layers"),
+        ({"zero_token": False, "gate": "attn"}, "gate: 'attn' has no effect, since `zero_token` is false"),
+        ({"zero_token": False, "zero_query": "pre_rope"}, "zero_query: 'pre_rope' has no effect"),
+        ({"zero_token": False, "zero_bias_init": 0.0}, "zero_bias_init: 0.0 has no effect"),
+        ({"zero_bias": False, "zero_bias_init": -6.0}, "zero_bias_init: -6.0 has no effect, .*`zero_bias`"),
+        ({"num_cycles": 1, "deep_supervision": 0.3}, "deep_supervision: 0.3 has no effect, .*num_cycles` is"),
+        ({"num_cycles": 1, "cycle_gate": "zero_init"}, "cycle_gate: 'zero_init' has no effect"),
+        ({"num_cycles": 1, "training_cycles": "grow"}, "training_cycles: 'grow' has no effect"),
     ],
     ids=str,
 )

@@ -197,6 +197,8 @@ def resize_cycles(model: ZTTForCausalLM, num_cycles: int) -> ZTTForCausalLM:
     """
     config = {**model.config.to_dict(), "num_cycles": num_cycles}
     config["min_cycles"] = min(model.config.min_cycles, num_cycles)
+    if num_cycles == 1:
+        config |= layout.WITH_ONE_CYCLE
     made = _unfilled(config, model)
     state = dict(model.state_dict())
     for name, shape in extra_shapes(config).items():

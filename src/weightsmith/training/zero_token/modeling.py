@@ -30,6 +30,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -40,6 +41,8 @@ from weightsmith.training.zero_token.config import ZTTConfig
 from weightsmith.training.zero_token.exits import ReadOut, leaves, real_tokens, signal
 from weightsmith.training.zero_token.layers import CycleGate, ZeroTokens, ZTTAttention, ZTTDecoderLayer
 from weightsmith.training.zero_token.passes import Pass, new_cache
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -269,6 +272,13 @@ class ZTTModel(ZTTPreTrainedModel):
 
     def _cycles(self, asked: int | None, allow_extrapolation: bool) -> int:
         if asked is None:
+            unscheduled = self.cycles_now is None and self.config.training_cycles != "all"
+            # A warning has no place in a compiled graph.
+            if self.training and unscheduled and not torch.compiler.is_compiling():
+                logger.warning_once(
+                    f"training_cycles {self.config.training_cycles}: nothing sets the cycles of a step, so "
+                    "all run; give the Trainer `callbacks=[CycleSchedule(model)]`"
+                )
             return self.cycles_now or self.config.num_cycles if self.training else self.config.num_cycles
         if asked < 1:
             raise InputError(f"num_cycles: expected at least 1, got {asked}")

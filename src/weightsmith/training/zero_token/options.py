@@ -34,6 +34,17 @@ CYCLES = "model.cycle_gate.bias"
 EXTRA_MODULES = ("model.zero_token", "model.cycle_gate")
 """What a base doesn't have, as far as a model has it: trained as a whole where an adapter is trained."""
 KEY_STD = 0.02
+WITHOUT_ZERO_TOKENS: Mapping[str, Any] = {
+    "zero_token_scope": "layer_cycle",
+    "zero_key_space": "head",
+    "zero_query": "post_rope",
+    "zero_bias": True,
+    "zero_bias_init": None,
+    "gate": "layer",
+}
+"""Options that do nothing without zero tokens, at what they then have to be."""
+WITH_ONE_CYCLE: Mapping[str, Any] = {"cycle_gate": "off", "training_cycles": "all", "deep_supervision": 0.0}
+"""Options that do nothing where the middle layers run once, at what they then have to be."""
 MANY_LAYERS = 1_000_000
 """Stands for a model whose layers are not known yet."""
 
@@ -148,6 +159,12 @@ def check(values: Mapping[str, Any], layers: int) -> None:
                 f"{key}: expected {', '.join(allowed)}, found {values[key]!r}"
                 f"{nearest(str(values[key]), allowed)}"
             )
+    if not values["zero_token"]:
+        _expect_unused(values, WITHOUT_ZERO_TOKENS, "`zero_token` is false")
+    elif not values["zero_bias"]:
+        _expect_unused(values, {"zero_bias_init": None}, "`zero_bias` is false")
+    if values["num_cycles"] == 1:
+        _expect_unused(values, WITH_ONE_CYCLE, "`num_cycles` is 1")
     if values["exit_kv"] == "none" and values["exit_level"] != "batch":
         raise InputError(
             f"exit_kv: none needs `exit_level: batch`, found {values['exit_level']}: tokens that left would "
@@ -180,10 +197,15 @@ def config_of(base: Mapping[str, Any], options: ZTTOptions, *, converting: bool)
     made = {key: value for key, value in base.items() if key not in ("architectures", "layer_types")}
     made |= {"model_type": MODEL_TYPE, "architectures": ["ZTTForCausalLM"]}
     made |= {key: getattr(options, key) for key in ZTTOptions.__dataclass_fields__}
-    if options.zero_bias_init is None:
+    if converting and options.zero_token and not options.zero_bias:
+        raise InputError(
+            "zero_bias: expected true, found false: without it zero tokens take a large share of the "
+            "attention from the start, and the converted model does not begin as its base"
+        )
+    if options.zero_bias_init is None and options.zero_token and options.zero_bias:
         made["zero_bias_init"] = -6.0 if converting else 0.0
     if options.cycle_gate is None:
-        made["cycle_gate"] = "zero_init" if converting else "off"
+        made["cycle_gate"] = "zero_init" if converting and options.num_cycles > 1 else "off"
     # Each family's own defaults, said in our words.
     made["attention_bias"] = kind == "qwen2" or bool(base.get("attention_bias"))
     made["attention_output_bias"] = kind in ("llama", "qwen3") and bool(base.get("attention_bias"))
@@ -284,3 +306,9 @@ def _layer_types(base: Mapping[str, Any], layers: int) -> Sequence[str]:
 def _expect(key: str, value: object, holds: bool, expected: str) -> None:
     if not holds:
         raise InputError(f"{key}: expected {expected}, found {value!r}")
+
+
+def _expect_unused(values: Mapping[str, Any], unused: Mapping[str, Any], why: str) -> None:
+    for key, idle in unused.items():
+        if values[key] != idle:
+            raise InputError(f"{key}: {values[key]!r} has no effect, since {why}; leave it out")

@@ -45,6 +45,7 @@ from weightsmith.training import (
     resize_cycles,
     train,
 )
+from weightsmith.training.zero_token.calibrate import worth_trying
 from weightsmith.training.zero_token.cycles import cycles_of_step
 from weightsmith.training.zero_token.options import CYCLES, KEYS, SCORES, cache_slots, shapes_of
 
@@ -278,6 +279,19 @@ def test_a_calibrated_threshold_is_saved_and_heeded(trained, tmp_path):
     used = again(ids).num_cycles_used
     assert used.float().mean() < 3
     assert torch.equal(used, again(ids, exit_threshold=model.config.exit_threshold).num_cycles_used)
+
+
+def test_thresholds_to_try_tell_small_signals_apart():
+    signals = 1e-6 + 1e-7 * torch.rand(999, generator=torch.Generator().manual_seed(0))
+    tried = worth_trying(signals, 9)
+    assert tried == sorted(set(tried))
+    below = [float((signals < threshold).float().mean()) for threshold in tried]
+    np.testing.assert_allclose(below, np.arange(0.1, 1, 0.1), atol=2e-3)
+    assert worth_trying(torch.ones(5), 9) == [1.0]
+
+
+def test_signals_of_many_tokens_have_quantiles():
+    assert worth_trying(torch.arange(17_000_000).flip(0).float(), 3) == [4.25e6, 8.5e6, 12.75e6]
 
 
 def test_calibration_says_what_it_lacks(trained):

@@ -87,8 +87,7 @@ def calibrate_exit(
         full, signals = _measure(model, kept, None, level, keep_signals=True)
         asked = signals[config.min_cycles - 1 : config.num_cycles - 1].flatten()
         asked = asked[asked.isfinite()]
-        shares = torch.linspace(0, 1, points + 2, dtype=asked.dtype)[1:-1]
-        tried = sorted({round(float(value), 6) for value in torch.quantile(asked, shares)})
+        tried = worth_trying(asked, points)
         curve = [full, *(_measure(model, kept, threshold, level)[0] for threshold in tried)]
     finally:
         config.exit_threshold = before
@@ -98,6 +97,16 @@ def calibrate_exit(
     config.exit_threshold = chosen.threshold
     config.exit_curve = [asdict(point) for point in curve]
     return ExitCalibration(chosen, tuple(curve), float(asked.std()))
+
+
+def worth_trying(signals: torch.Tensor, points: int) -> list[float]:
+    """At most `points` thresholds, ascending: quantiles of the signals, to six significant digits (those of a
+    converted model over long texts lie far below 1).
+    """
+    shares = torch.linspace(0, 1, points + 2, dtype=torch.float64)[1:-1]
+    # Sorted here: `torch.quantile` takes no more than 16 million numbers.
+    found = signals.sort().values[(shares * (len(signals) - 1)).round().long()]
+    return sorted({float(f"{value:.6g}") for value in found.tolist()})
 
 
 @torch.no_grad()

@@ -343,6 +343,21 @@ def test_more_cycles_than_trained_take_the_last_ones_tokens_again(ids):
         net(ids, num_cycles=3, allow_extrapolation=True, past_key_values=DynamicCache(config=net.config))
 
 
+@pytest.mark.parametrize(
+    ("kind", "policy"), [(None, "propagate"), ("static", "propagate"), (None, "share"), (None, "copy")]
+)
+@torch.no_grad()
+def test_generate_makes_a_cache_for_more_cycles_than_trained(ids, left_padded, kind, policy):
+    net = model(num_cycles=2, exit_kv=policy)
+    given = {"attention_mask": left_padded, "max_new_tokens": 5, "do_sample": False}
+    more = {"num_cycles": 4, "allow_extrapolation": True}
+    found = net.generate(ids, cache_implementation=kind, **more, **given)
+    assert torch.equal(found, resize_cycles(net, 4).generate(ids, **given))
+    assert net.config.num_cycles == 2
+    with pytest.raises(InputError, match="num_cycles: 4 asked, 2 trained"):
+        net.generate(ids, num_cycles=4, **given)
+
+
 @torch.no_grad()
 def test_a_cache_does_not_take_more_cycles_than_it_holds(ids):
     net = model(num_cycles=3)
@@ -584,6 +599,22 @@ def test_zero_tokens_of_another_shape_are_refused_with_both_shapes(tmp_path):
     config = ZTTConfig.from_dict({**AutoConfig.from_pretrained(tmp_path).to_dict(), "num_cycles": 3})
     with pytest.raises(CheckpointError, match=r"\(2, 2, 2, 8\), the config needs \(3, 2, 2, 8\)"):
         ZTTForCausalLM.from_pretrained(tmp_path, config=config)
+
+
+@pytest.mark.parametrize("options", [{"subfolder": "inner"}, {"variant": "half"}], ids=str)
+def test_it_loads_from_where_transformers_finds_it(tmp_path, ids, options):
+    net = model(num_cycles=2)
+    net.save_pretrained(tmp_path / options.get("subfolder", ""), variant=options.get("variant"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, net(ids).logits)
+
+
+def test_zero_tokens_in_a_subfolder_are_compared_too(tmp_path):
+    model(num_cycles=2).save_pretrained(tmp_path / "inner")
+    config = ZTTConfig(**SMALL, num_cycles=3)
+    with pytest.raises(CheckpointError, match=r"inner: .*, the config needs \(3, 2, 2, 8\)"):
+        ZTTForCausalLM.from_pretrained(tmp_path, config=config, subfolder="inner")
 
 
 @torch.no_grad()

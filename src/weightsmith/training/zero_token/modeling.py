@@ -34,13 +34,14 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from weightsmith.errors import CheckpointError, InputError
+from weightsmith.errors import InputError
 from weightsmith.training.zero_token import options
 from weightsmith.training.zero_token.attention import additive_mask, choose, computed_in
 from weightsmith.training.zero_token.config import ZTTConfig
 from weightsmith.training.zero_token.exits import ReadOut, leaves, real_tokens, signal
+from weightsmith.training.zero_token.files import check_pool
 from weightsmith.training.zero_token.layers import CycleGate, ZeroTokens, ZTTAttention, ZTTDecoderLayer
-from weightsmith.training.zero_token.passes import Pass, new_cache
+from weightsmith.training.zero_token.passes import Pass, cache_config, new_cache
 
 logger = logging.get_logger(__name__)
 
@@ -106,8 +107,9 @@ class ZTTPreTrainedModel(PreTrainedModel):
         Raises:
             CheckpointError: the folder's zero tokens are those of other cycles, layers or heads.
         """
-        if source is not None and Path(source).is_dir():
-            _check_pool(Path(source), kwargs.get("config"))
+        # Files of a variant have names that are transformers' own matter.
+        if source is not None and kwargs.get("variant") is None:
+            check_pool(Path(source) / (kwargs.get("subfolder") or ""), kwargs.get("config"))
         return super().from_pretrained(source, *args, **kwargs)
 
 
@@ -421,6 +423,21 @@ class ZTTForCausalLM(ZTTPreTrainedModel, GenerationMixin):
             exit_signal=outputs.exit_signal,
         )
 
+    def _prepare_cache_for_generation(  # pyrefly: ignore[bad-override]
+        self, generation_config: Any, model_kwargs: Any, *args: Any
+    ) -> Any:
+        # Every kind of cache is made from the model's config, which tells the places of its own cycles.
+        own = self.config
+        cycles = self.model._cycles(
+            model_kwargs.get("num_cycles"), model_kwargs.get("allow_extrapolation", False)
+        )
+        self.config = cache_config(own, cycles)
+        try:
+            maker: Any = super()
+            return maker._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        finally:
+            self.config = own
+
     def read_out(self, states_BTD: Tensor) -> Tensor:
         """Logits of a state between cycles, without the tail layers."""
         return self.lm_head(self.model.norm(states_BTD))
@@ -434,31 +451,6 @@ def _positions(tokens: int, past: Any, attention_mask: Any, device: torch.device
     if whole and not (isinstance(past, int) and attention_mask.shape[1] != past + tokens):
         return (attention_mask.long().cumsum(1) - 1).clamp_min(0)[:, -tokens:]
     return (torch.arange(tokens, device=device) + past).unsqueeze(0)
-
-
-def _check_pool(folder: Path, config: Any) -> None:
-    """Compare shapes of zero tokens in files with those of the config, before anything is loaded.
-
-    Raises:
-        CheckpointError: names both shapes.
-    """
-    from weightsmith.checkpoints.folder import open_weights, read_config
-
-    values = config.to_dict() if isinstance(config, ZTTConfig) else read_config(folder)
-    if values.get("model_type") != options.MODEL_TYPE:
-        return
-    wanted = options.extra_shapes(ZTTConfig.from_dict(dict(values)).to_dict())
-    files = open_weights(folder)
-    try:
-        for name, shape in wanted.items():
-            found = files.tensors.get(name)
-            if found is not None and found.shape != shape:
-                raise CheckpointError(
-                    f"{folder.name}: {name} is {found.shape}, the config needs {shape} (cycles, layers, "
-                    "heads); load it with its own config and change that with `resize_cycles`"
-                )
-    finally:
-        files.close()
 
 
 def _spread(share_RT: Tensor, rows: Tensor, number: int) -> Tensor:

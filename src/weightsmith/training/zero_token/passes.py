@@ -129,10 +129,14 @@ class Pass:
 
 def new_cache(config: ZTTConfig, cycles: int | None = None) -> DynamicCache:
     """A growing cache with places for `cycles`, by default as many as the config's."""
-    cycles = max(cycles or config.num_cycles, config.num_cycles)
-    if cycles > config.num_cycles:
-        config = ZTTConfig.from_dict({**config.to_dict(), "num_cycles": cycles})
-    return DynamicCache(config=config)
+    return DynamicCache(config=cache_config(config, cycles))
+
+
+def cache_config(config: ZTTConfig, cycles: int | None) -> ZTTConfig:
+    """What to make a cache from: the config, with places for `cycles` where these are more than its own."""
+    if cycles is None or cycles <= config.num_cycles:
+        return config
+    return ZTTConfig.from_dict({**config.to_dict(), "num_cycles": cycles})
 
 
 def _held_cycles(cache: Any, config: ZTTConfig, cycles: int) -> tuple[int, bool]:

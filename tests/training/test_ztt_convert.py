@@ -91,6 +91,10 @@ def ids():
     return torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
+def resize(model):
+    return resize_cycles(model, 3)
+
+
 def write_config(folder, **changes):
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
@@ -301,11 +305,21 @@ def test_calibration_says_what_it_lacks(trained):
         (batches, {"max_loss_increase": -1.0}, "max_loss_increase: expected at least 0"),
         (batches, {"points": 0}, "points: expected at least 1"),
         ([{"input_ids": batches[1]["input_ids"][:, :1]}], {}, "no token to predict"),
+        ([batches[1]["input_ids"]], {}, "expected mappings with `input_ids`, found Tensor at 0"),
+        ([*batches, {"labels": None}], {}, "expected mappings with `input_ids`, found dict at 2"),
+        ([{"input_ids": [[3, 4]]}], {}, "expected input_ids of batch 0 to be a tensor .*, found list"),
+        ([{"input_ids": torch.tensor([3, 4])}], {}, r"expected input_ids of batch 0 .*, found \(2,\)"),
+        ([batches[0] | {"labels": torch.ones(4, 3)}], {}, r"expected labels of batch 0 .*, found \(4, 3\)"),
     ):
         with pytest.raises(InputError, match=message):
             calibrate_exit(model, given, **options)
     with pytest.raises(InputError, match="min_cycles: 1 of 1 cycles leave none to skip"):
         calibrate_exit(ZTTForCausalLM(ZTTConfig(**SMALL, num_cycles=1)), batches)
+    with pytest.raises(InputError, match="exit_criterion: zero_attention, and the model has no zero tokens"):
+        calibrate_exit(ZTTForCausalLM(ZTTConfig(**SMALL, zero_token=False)), batches)
+    for other in (base_of("llama"), model.model):
+        with pytest.raises(InputError, match=f"expected a ZTTForCausalLM, found {type(other).__name__}"):
+            calibrate_exit(other, batches)
 
 
 # --- training -------------------------------------------------------------------------------------------
@@ -378,6 +392,21 @@ def test_the_trainer_measures_logits_alone(tmp_path):
     model = ZTTForCausalLM(ZTTConfig(**SMALL, num_cycles=2))
     Trainer(model, arguments, eval_dataset=rows, compute_metrics=measure).evaluate()
     assert shapes == [(4, 6, 40)]
+
+
+def test_models_that_are_not_plain_are_neither_converted_nor_resized():
+    from peft import LoraConfig, get_peft_model
+
+    for make, change in ((base_of, convert_to_ztt), (lambda kind: convert_to_ztt(base_of(kind)), resize)):
+        adapted = get_peft_model(make("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+        with pytest.raises(
+            InputError, match=r"found PeftModel with base_model\.\S+; `merge_and_unload` an adapter"
+        ):
+            change(adapted)
+    with pytest.raises(InputError, match="found LlamaModel with"):
+        convert_to_ztt(base_of("llama").model)
+    with pytest.raises(InputError, match="expected a ZTTForCausalLM, found LlamaForCausalLM"):
+        resize(base_of("llama"))
 
 
 def test_lora_adapts_shared_layers_in_every_cycle(ids):

@@ -643,7 +643,7 @@ def test_a_fixed_number_of_cycles_compiles_to_one_graph(ids):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_cycles": 0}, "num_cycles: expected at least 1, found 0"),
+        ({"num_cycles": 0}, "num_cycles: expected a whole number of at least 1, found 0"),
         ({"num_head_layers": 2, "num_tail_layers": 2}, "4 of 4 layers leave no middle.*at most 3"),
         ({"num_head_layers": -1}, "num_head_layers: expected at least 0"),
         ({"min_cycles": 3}, "min_cycles: 3 is more than num_cycles, 2"),
@@ -653,6 +653,8 @@ def test_a_fixed_number_of_cycles_compiles_to_one_graph(ids):
         ({"exit_criterion": "zeta"}, "exit_criterion: expected zero_attention, latent_diff, entropy, kl"),
         ({"exit_kv": "none"}, "exit_kv: none needs `exit_level: batch`"),
         ({"zero_token": False, "exit_threshold": 0.5}, "zero_attention needs zero tokens"),
+        ({"exit_threshold": "0.5"}, "exit_threshold: expected a finite number or nothing, found '0.5'"),
+        ({"exit_threshold": float("nan")}, "exit_threshold: expected a finite number or nothing, found nan"),
         ({"zero_token_impl": "fast"}, "zero_token_impl: expected auto, lse, concat, found 'fast'"),
         ({"physical_layer_types": ["full_attention"]}, "physical_layer_types: 1 of 4 layers"),
         ({"zero_token": False, "gate": "attn"}, "gate: 'attn' has no effect, since `zero_token` is false"),
@@ -673,14 +675,23 @@ def test_a_config_that_makes_no_model_says_why(options, message):
 def test_calls_that_ask_for_what_is_not_there_say_so(ids):
     net = model(num_cycles=2)
     for options, message in (
-        ({"num_cycles": 0}, "num_cycles: expected at least 1, got 0"),
+        ({"num_cycles": 0}, "num_cycles: expected a whole number of at least 1, found 0"),
+        ({"num_cycles": 1.5}, "num_cycles: expected a whole number of at least 1, found 1.5"),
+        ({"exit_threshold": "0.5"}, "exit_threshold: expected a finite number or nothing, found '0.5'"),
+        ({"exit_threshold": float("nan")}, "exit_threshold: .*, found nan"),
         ({"exit_level": "row"}, "exit_level: expected batch, sequence, token, found 'row'"),
         ({"output_attentions": True}, "output_attentions: needs attn_implementation eager, found sdpa"),
     ):
         with pytest.raises(InputError, match=message):
             net(ids, **options)
-    with pytest.raises(InputError, match="the model has no zero tokens; set exit_criterion"):
-        model(zero_token=False)(ids, exit_threshold=0.5)
+    for options in ({"exit_threshold": 0.5}, {"output_exit_signal": True}):
+        with pytest.raises(InputError, match="the model has no zero tokens; set exit_criterion"):
+            model(zero_token=False)(ids, **options)
+        for criterion in ("entropy", "kl"):
+            inner = model(exit_criterion=criterion).model
+            with pytest.raises(InputError, match=f"{criterion} reads predictions, which a ZTTModel does not"):
+                inner(ids, **options)
+            assert inner.train()(ids, exit_threshold=0.5).num_cycles_used.tolist() == [2, 2]
     with pytest.raises(InputError, match="either input_ids or inputs_embeds"):
         net.model()
     with pytest.raises(ValueError, match="cycels"):

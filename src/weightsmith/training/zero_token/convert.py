@@ -193,8 +193,12 @@ def resize_cycles(model: ZTTForCausalLM, num_cycles: int) -> ZTTForCausalLM:
     closed gate where the model has gates.
 
     Raises:
-        InputError: fewer than one.
+        InputError: fewer than one, or `model` is another one.
     """
+    if model.config.model_type != layout.MODEL_TYPE:
+        raise InputError(
+            f"model: expected a ZTTForCausalLM, found {type(model).__name__}; `convert_to_ztt` makes one"
+        )
     config = {**model.config.to_dict(), "num_cycles": num_cycles}
     config["min_cycles"] = min(model.config.min_cycles, num_cycles)
     if num_cycles == 1:
@@ -231,7 +235,17 @@ def _unfilled(config: Mapping[str, Any], model: Any) -> Any:
 
 
 def _filled(made: Any, state: Mapping[str, Any], model: Any) -> Any:
-    """`made` with its weights, where and as `model` is."""
+    """`made` with its weights, where and as `model` is.
+
+    Raises:
+        InputError: `model` has other tensors than a plain one; names the first.
+    """
+    odd = sorted(state.keys() ^ made.state_dict().keys())
+    if odd:
+        raise InputError(
+            f"model: expected a plain causal language model, found {type(model).__name__} "
+            f"{'with' if odd[0] in state else 'without'} {odd[0]}; `merge_and_unload` an adapter first"
+        )
     made.load_state_dict(state)
     made.generation_config = copy.deepcopy(model.generation_config)
     return made.to(model.device).train(model.training)

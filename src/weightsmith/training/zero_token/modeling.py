@@ -180,14 +180,17 @@ class ZTTModel(ZTTPreTrainedModel):
             **kwargs: For the attention backend.
 
         Raises:
-            InputError: more cycles than trained, or than the cache holds; an unknown level; a backend that
-                can't show a zero token; earlier states beside a cache.
+            InputError: more cycles than trained, or than the cache holds; an unknown level; a threshold that
+                is no number; a criterion that the model can't tell; a backend that can't show a zero token;
+                earlier states beside a cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("expected either input_ids or inputs_embeds")
         states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cycles = self._cycles(num_cycles, allow_extrapolation)
         threshold, level = self._exit(exit_threshold, exit_level)
+        if threshold is not None or output_exit_signal:
+            self._check_criterion(read_out)
         self._check_backend(kwargs)
         if output_earlier_states and past_key_values is not None:
             raise InputError(
@@ -282,8 +285,7 @@ class ZTTModel(ZTTPreTrainedModel):
                     "all run; give the Trainer `callbacks=[CycleSchedule(model)]`"
                 )
             return self.cycles_now or self.config.num_cycles if self.training else self.config.num_cycles
-        if asked < 1:
-            raise InputError(f"num_cycles: expected at least 1, got {asked}")
+        options.check_cycles("num_cycles", asked)
         if asked > self.config.num_cycles and not allow_extrapolation:
             raise InputError(
                 f"num_cycles: {asked} asked, {self.config.num_cycles} trained; `allow_extrapolation=True` "
@@ -298,13 +300,21 @@ class ZTTModel(ZTTPreTrainedModel):
         if self.config.exit_kv == "none" and level != "batch":
             raise InputError(f"exit_kv none needs exit_level batch, found {level}")
         threshold = self.config.exit_threshold if threshold is None else threshold
-        by_zero = self.config.exit_criterion == "zero_attention"
-        if threshold is not None and by_zero and self.zero_token is None:
-            raise InputError(
-                "exit_threshold: the criterion is zero_attention and the model has no zero tokens; set "
-                "exit_criterion to latent_diff, entropy or kl"
-            )
+        options.check_threshold(threshold)
         return None if self.training else threshold, level
+
+    def _check_criterion(self, read_out: ReadOut | None) -> None:
+        criterion = self.config.exit_criterion
+        if criterion == "zero_attention" and self.zero_token is None:
+            raise InputError(
+                "exit_criterion: zero_attention, and the model has no zero tokens; set exit_criterion to "
+                "latent_diff, entropy or kl"
+            )
+        if criterion in options.READ_CRITERIA and read_out is None:
+            raise InputError(
+                f"exit_criterion: {criterion} reads predictions, which a {type(self).__name__} does not "
+                "make; take ZTTForCausalLM, or exit_criterion latent_diff"
+            )
 
     def _check_backend(self, kwargs: dict[str, Any]) -> None:
         backend = self.config._attn_implementation
@@ -398,7 +408,7 @@ class ZTTForCausalLM(ZTTPreTrainedModel, GenerationMixin):
             output_zero_attention=output_zero_attention,
             output_exit_signal=output_exit_signal,
             output_earlier_states=supervised,
-            read_out=self.read_out if self.config.exit_criterion in ("entropy", "kl") else None,
+            read_out=self.read_out if self.config.exit_criterion in options.READ_CRITERIA else None,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 from weightsmith.errors import InputError, nearest
@@ -24,7 +25,9 @@ QUERIES = ("post_rope", "pre_rope")
 GATES = ("layer", "attn", "none")
 CYCLE_GATES = ("off", "zero_init")
 LEVELS = ("batch", "sequence", "token")
-CRITERIA = ("zero_attention", "latent_diff", "entropy", "kl")
+READ_CRITERIA = ("entropy", "kl")
+"""Criteria that read predictions."""
+CRITERIA = ("zero_attention", "latent_diff", *READ_CRITERIA)
 KV_POLICIES = ("propagate", "copy", "share", "none")
 SCHEDULES = ("all", "grow", "sample")
 IMPLEMENTATIONS = ("auto", "lse", "concat")
@@ -128,9 +131,10 @@ def check(values: Mapping[str, Any], layers: int) -> None:
         InputError: begins with the option; says what was found and expected.
     """
     for key in ("num_cycles", "min_cycles"):
-        _expect(key, values[key], values[key] >= 1, "at least 1")
+        check_cycles(key, values[key])
     for key in ("num_head_layers", "num_tail_layers"):
         _expect(key, values[key], values[key] >= 0, "at least 0")
+    check_threshold(values["exit_threshold"])
     weight = values["deep_supervision"]
     _expect("deep_supervision", weight, 0 <= weight < math.inf, "a number from 0 on")
     outside = values["num_head_layers"] + values["num_tail_layers"]
@@ -176,6 +180,27 @@ def check(values: Mapping[str, Any], layers: int) -> None:
             "exit_criterion: zero_attention needs zero tokens, and `zero_token` is false; take latent_diff, "
             "entropy or kl"
         )
+
+
+def check_cycles(key: str, cycles: Any) -> None:
+    """Refuse what is no number of cycles.
+
+    Raises:
+        InputError: begins with `key`.
+    """
+    whole = isinstance(cycles, int) and not isinstance(cycles, bool)
+    _expect(key, cycles, whole and cycles >= 1, "a whole number of at least 1")
+
+
+def check_threshold(threshold: Any) -> None:
+    """Refuse what no signal can be compared with.
+
+    Raises:
+        InputError: the threshold is neither None nor a finite number.
+    """
+    number = isinstance(threshold, Real) and not isinstance(threshold, bool)
+    finite = number and math.isfinite(threshold)
+    _expect("exit_threshold", threshold, threshold is None or finite, "a finite number or nothing")
 
 
 def config_of(base: Mapping[str, Any], options: ZTTOptions, *, converting: bool) -> dict[str, Any]:

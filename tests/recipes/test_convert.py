@@ -74,9 +74,24 @@ def test_models_with_cycles_are_trained_made_tuned_merged_and_scored(page, tmp_p
     [
         (("to: ztt", "to: rnn"), r"cycled\.to: expected 'ztt', 'htc' or 'bc', found 'rnn'"),
         (("num_head_layers: 0", "cycles: 2"), r"cycled\.cycles: no such key"),
-        (("num_head_layers: 0", "num_cycles: 0"), r"cycled\.num_cycles: expected at least 1, found 0"),
+        (
+            ("num_head_layers: 0", "num_cycles: 0"),
+            r"cycled\.num_cycles: expected a whole number of at least 1, found 0",
+        ),
         (("num_head_layers: 0", "exit_kv: none"), r"cycled\.exit_kv: none needs `exit_level: batch`"),
-        (("num_cycles: 3,", "num_cycles: 0,"), r"ztt\.architecture\.ztt\.num_cycles: expected at least 1"),
+        (
+            ("num_cycles: 3,", "zero_token: false, gate: attn,"),
+            r"ztt\.architecture\.ztt\.gate: 'attn' has no effect, since `zero_token` is false",
+        ),
+        (
+            ("num_head_layers: 0", "num_cycles: 1, cycle_gate: zero_init"),
+            r"cycled\.cycle_gate: 'zero_init' has no effect, since `num_cycles` is 1",
+        ),
+        (
+            ("num_cycles: 3,", "num_cycles: 0,"),
+            r"ztt\.architecture\.ztt\.num_cycles: expected a whole number",
+        ),
+        (("num_cycles: 3,", "exit_threshold: .nan,"), r"ztt\.exit_threshold: expected a finite number .*nan"),
         (
             ("{ztt: {num_cycles: 3, training_cycles: sample}}", "zzt"),
             r"architecture: expected plain, ztt, htc or bc",

@@ -132,6 +132,23 @@ def test_bfloat16_keeps_its_type_and_its_precision(way):
     torch.testing.assert_close(found.share_BHT.double(), share, rtol=0.05, atol=0.01)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_under_autocast_wider_queries_keys_and_masks_are_cast(way):
+    """What autocast leaves: rotated queries and keys in float32, values in bfloat16."""
+    q, k, v, key, bias = made(5, 9, 2, torch.float32)
+    seen = causal(5, 9, "left")
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    mask[0, :, 0] = torch.finfo(torch.float32).min  # a query that sees no key
+    seen[0, :, 0] = False
+    with torch.autocast("cpu", torch.bfloat16):
+        found = computed(way, q, k, v.bfloat16(), key, bias, mask)
+    out, share = written_out(*(x.double() for x in (q, k, v, key, bias)), seen)
+    assert (found.out_BTHD.dtype, found.share_BHT.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(found.out_BTHD.double(), out, rtol=0.05, atol=0.03)
+    torch.testing.assert_close(found.share_BHT.double(), share, rtol=0.05, atol=0.01)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("way", TRAINABLE)
 def test_gradients_of_output_and_share_are_those_of_finite_differences(way, shape):

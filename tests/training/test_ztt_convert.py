@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,15 +31,23 @@ from weightsmith.errors import CheckpointError, InputError
 from weightsmith.merging import merge, plan_merge
 from weightsmith.training import (
     CycleSchedule,
+    FinetuneConfig,
+    HRPAdapterOptions,
+    LoRAOptions,
+    TrainConfig,
     ZTTConfig,
     ZTTForCausalLM,
     ZTTOptions,
     calibrate_exit,
     convert,
     convert_to_ztt,
+    finetune,
+    resize_cycles,
+    train,
 )
+from weightsmith.training.zero_token.calibrate import worth_trying
 from weightsmith.training.zero_token.cycles import cycles_of_step
-from weightsmith.training.zero_token.options import KEYS, SCORES, cache_slots, shapes_of
+from weightsmith.training.zero_token.options import CYCLES, KEYS, SCORES, cache_slots, shapes_of
 
 SMALL = {
     "vocab_size": 40,
@@ -81,6 +91,10 @@ def ids():
     return torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
+def resize(model):
+    return resize_cycles(model, 3)
+
+
 def write_config(folder, **changes):
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
@@ -120,6 +134,31 @@ def test_in_memory_and_on_disk_are_the_same(kind, tmp_path):
         assert getattr(written.config, key) == getattr(made.config, key)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_sixteen_bits_leave_the_rotary_frequencies_alone(tmp_path, dtype):
+    base_of("llama").save_pretrained(tmp_path)
+    base = LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    made = convert_to_ztt(base, ZTTOptions(num_cycles=2, zero_token=False))
+    ids = torch.randint(3, 40, (1, 1024), generator=torch.Generator().manual_seed(0))
+    for net in (made, resize_cycles(made, 3)):
+        assert net.dtype == dtype
+        for name, frequencies in base.model.rotary_emb.named_buffers():
+            assert torch.equal(net.model.rotary_emb.get_buffer(name), frequencies)
+        torch.testing.assert_close(net(ids).logits, base(ids).logits, rtol=1e-2, atol=1e-2)
+
+
+def test_the_attention_is_kept_and_generation_settings_are_a_copy():
+    base = base_of("llama")
+    base.set_attn_implementation("eager")
+    base.generation_config.max_new_tokens = 5
+    made = convert_to_ztt(base, ZTTOptions(num_cycles=2))
+    for net, source in ((made, base), (resize_cycles(made, 3), made)):
+        assert net.config._attn_implementation == "eager"
+        assert net.generation_config.to_dict() == source.generation_config.to_dict()
+        assert net.generation_config is not source.generation_config
+
+
 @pytest.mark.parametrize("kind", BASES)
 def test_shapes_are_known_without_the_model(kind):
     made = convert_to_ztt(base_of(kind), ZTTOptions(num_cycles=2))
@@ -128,6 +167,17 @@ def test_shapes_are_known_without_the_model(kind):
     stored = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items() if name not in tied}
     assert shapes_of(values) == stored
     assert cache_slots(values) == made.config.num_hidden_layers == 6
+
+
+@torch.no_grad()
+def test_a_model_of_one_cycle_has_no_options_of_later_ones(ids):
+    base = base_of("llama")
+    once = convert_to_ztt(base, ZTTOptions(num_cycles=1, zero_token=False))
+    assert once.config.cycle_gate == "off"
+    cycled = convert_to_ztt(base, ZTTOptions(num_cycles=3, training_cycles="grow", deep_supervision=0.1))
+    again = resize_cycles(cycled, 1)
+    assert (again.config.cycle_gate, again.config.deep_supervision) == ("off", 0.0)
+    torch.testing.assert_close(again(ids).logits, cycled(ids, num_cycles=1).logits)
 
 
 def test_the_output_says_where_it_comes_from_and_holds_the_bases_bytes(tmp_path):
@@ -167,6 +217,8 @@ def test_options_and_files_that_do_not_fit_are_named_before_anything_is_written(
     out = tmp_path / "out"
     with pytest.raises(InputError, match="5 of 4 layers leave no middle"):
         convert(tmp_path / "base", out, ZTTOptions(num_head_layers=3, num_tail_layers=2))
+    with pytest.raises(InputError, match=r"zero_bias: expected true, found false: .* begin as its base"):
+        convert(tmp_path / "base", out, ZTTOptions(zero_bias=False))
     convert(tmp_path / "base", tmp_path / "ztt")
     with pytest.raises(InputError, match="ztt already; `resize_cycles`"):
         convert(tmp_path / "ztt", out)
@@ -233,6 +285,19 @@ def test_a_calibrated_threshold_is_saved_and_heeded(trained, tmp_path):
     assert torch.equal(used, again(ids, exit_threshold=model.config.exit_threshold).num_cycles_used)
 
 
+def test_thresholds_to_try_tell_small_signals_apart():
+    signals = 1e-6 + 1e-7 * torch.rand(999, generator=torch.Generator().manual_seed(0))
+    tried = worth_trying(signals, 9)
+    assert tried == sorted(set(tried))
+    below = [float((signals < threshold).float().mean()) for threshold in tried]
+    np.testing.assert_allclose(below, np.arange(0.1, 1, 0.1), atol=2e-3)
+    assert worth_trying(torch.ones(5), 9) == [1.0]
+
+
+def test_signals_of_many_tokens_have_quantiles():
+    assert worth_trying(torch.arange(17_000_000).flip(0).float(), 3) == [4.25e6, 8.5e6, 12.75e6]
+
+
 def test_calibration_says_what_it_lacks(trained):
     model, batches = trained
     for given, options, message in (
@@ -240,11 +305,21 @@ def test_calibration_says_what_it_lacks(trained):
         (batches, {"max_loss_increase": -1.0}, "max_loss_increase: expected at least 0"),
         (batches, {"points": 0}, "points: expected at least 1"),
         ([{"input_ids": batches[1]["input_ids"][:, :1]}], {}, "no token to predict"),
+        ([batches[1]["input_ids"]], {}, "expected mappings with `input_ids`, found Tensor at 0"),
+        ([*batches, {"labels": None}], {}, "expected mappings with `input_ids`, found dict at 2"),
+        ([{"input_ids": [[3, 4]]}], {}, "expected input_ids of batch 0 to be a tensor .*, found list"),
+        ([{"input_ids": torch.tensor([3, 4])}], {}, r"expected input_ids of batch 0 .*, found \(2,\)"),
+        ([batches[0] | {"labels": torch.ones(4, 3)}], {}, r"expected labels of batch 0 .*, found \(4, 3\)"),
     ):
         with pytest.raises(InputError, match=message):
             calibrate_exit(model, given, **options)
     with pytest.raises(InputError, match="min_cycles: 1 of 1 cycles leave none to skip"):
         calibrate_exit(ZTTForCausalLM(ZTTConfig(**SMALL, num_cycles=1)), batches)
+    with pytest.raises(InputError, match="exit_criterion: zero_attention, and the model has no zero tokens"):
+        calibrate_exit(ZTTForCausalLM(ZTTConfig(**SMALL, zero_token=False)), batches)
+    for other in (base_of("llama"), model.model):
+        with pytest.raises(InputError, match=f"expected a ZTTForCausalLM, found {type(other).__name__}"):
+            calibrate_exit(other, batches)
 
 
 # --- training -------------------------------------------------------------------------------------------
@@ -289,6 +364,51 @@ def test_the_trainer_trains_it_keeps_zero_tokens_from_decay_and_draws_cycles(tmp
         CycleSchedule(LlamaForCausalLM(LlamaConfig(**SMALL)))
 
 
+def test_a_schedule_that_nothing_follows_is_told_once(caplog):
+    ids = torch.arange(6)[None] + 3
+    model = ZTTForCausalLM(ZTTConfig(**SMALL, num_cycles=3, training_cycles="grow")).eval()
+    logging.Logger.warning_once.cache_clear()
+    model(ids)
+    model.train()(ids, num_cycles=2)
+    CycleSchedule(model).on_step_begin(None, SimpleNamespace(global_step=0, max_steps=9), None)
+    assert model(ids).num_cycles_used.tolist() == [1]
+    assert not caplog.messages
+    model.model.cycles_now = None
+    for _ in range(2):
+        assert model(ids).num_cycles_used.tolist() == [3]
+    (message,) = caplog.messages
+    assert message.startswith("training_cycles grow: nothing sets the cycles of a step, so all run")
+
+
+def test_the_trainer_measures_logits_alone(tmp_path):
+    rows = [{"input_ids": torch.arange(6) + 3, "labels": torch.arange(6) + 3} for _ in range(4)]
+    shapes = []
+
+    def measure(found):
+        shapes.append(found.predictions.shape)
+        return {}
+
+    arguments = TrainingArguments(str(tmp_path), report_to=[], disable_tqdm=True, use_cpu=True)
+    model = ZTTForCausalLM(ZTTConfig(**SMALL, num_cycles=2))
+    Trainer(model, arguments, eval_dataset=rows, compute_metrics=measure).evaluate()
+    assert shapes == [(4, 6, 40)]
+
+
+def test_models_that_are_not_plain_are_neither_converted_nor_resized():
+    from peft import LoraConfig, get_peft_model
+
+    for make, change in ((base_of, convert_to_ztt), (lambda kind: convert_to_ztt(base_of(kind)), resize)):
+        adapted = get_peft_model(make("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+        with pytest.raises(
+            InputError, match=r"found PeftModel with base_model\.\S+; `merge_and_unload` an adapter"
+        ):
+            change(adapted)
+    with pytest.raises(InputError, match="found LlamaModel with"):
+        convert_to_ztt(base_of("llama").model)
+    with pytest.raises(InputError, match="expected a ZTTForCausalLM, found LlamaForCausalLM"):
+        resize(base_of("llama"))
+
+
 def test_lora_adapts_shared_layers_in_every_cycle(ids):
     from peft import LoraConfig, get_peft_model
 
@@ -310,6 +430,38 @@ def test_an_adapter_of_every_projection_computes_what_it_does_once_merged(ids, k
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=names, init_lora_weights=False)).eval()
     found, plain = adapted(input_ids=ids).logits, adapted.merge_and_unload()(ids).logits
     torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-4)
+
+
+SHORT = {"steps": 8, "batch_size": 2, "sequence_length": 24, "threads": 1, "warmup_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def cycled(config_folder, tmp_path_factory):
+    """A converted checkpoint, whose later cycles are behind closed gates."""
+    folder = tmp_path_factory.mktemp("cycled")
+    config = TrainConfig(data="docs", **SHORT)
+    base = train(config, config_folder, folder / "base", workdir=folder / "work", seed=1).checkpoint
+    return convert(base, folder / "cycled", ZTTOptions(num_cycles=3))
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [LoRAOptions(rank=2), LoRAOptions(rank=2, init="pissa"), HRPAdapterOptions(rank=2, preheat_steps=2)],
+    ids=["lora", "pissa", "hrp"],
+)
+def test_an_adapter_of_a_recipe_opens_the_gates_of_a_converted_model(cycled, tmp_path, adapter):
+    config = FinetuneConfig(data="docs", adapter=adapter, learning_rate=0.05, **SHORT)
+    finetune(config, cycled, tmp_path / "model", workdir=tmp_path / "work", seed=3)
+    with Checkpoint.open(cycled) as before, Checkpoint.open(tmp_path / "model") as after:
+        assert {n: (i.dtype, i.shape) for n, i in before.tensors.items()} == {
+            n: (i.dtype, i.shape) for n, i in after.tensors.items()
+        }
+        changed = {n for n in before.tensors if (before.read(n) != after.read(n)).any()}
+        assert (np.abs(after.read(CYCLES)) > 1e-3).all()
+    assert {name for name in changed if "proj" not in name} == {KEYS, SCORES, CYCLES}
+    if adapter.keeps_base:
+        with Checkpoint.open(tmp_path / "work" / "adapter", base=cycled) as opened:
+            assert opened.changed == changed
 
 
 # --- slices of models with cycles -----------------------------------------------------------------------

@@ -227,6 +227,21 @@ def test_gradient_checkpointing_changes_no_gradient(ids, left_padded):
     torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"exit_kv": "copy"}], ids=str)
+def test_mixed_precision_trains_as_float32_does_but_for_rounding(ids, left_padded, options, cached):
+    found = []
+    for mixed in (False, True):
+        net = model(num_cycles=2, **options).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            out = net(ids, attention_mask=left_padded, labels=ids, use_cache=cached)
+        out.loss.backward()
+        found.append((out.loss, torch.cat([parameter.grad.flatten() for parameter in net.parameters()])))
+    (loss, gradient), (mixed_loss, mixed_gradient) = found
+    torch.testing.assert_close(mixed_loss, loss, rtol=2e-2, atol=0)
+    assert torch.cosine_similarity(gradient, mixed_gradient, dim=0) > 0.98
+
+
 # --- cache ----------------------------------------------------------------------------------------------
 
 
@@ -326,6 +341,21 @@ def test_more_cycles_than_trained_take_the_last_ones_tokens_again(ids):
     close(cached, more)
     with pytest.raises(InputError, match="past_key_values: 6 places, 3 cycles need 8"):
         net(ids, num_cycles=3, allow_extrapolation=True, past_key_values=DynamicCache(config=net.config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy"), [(None, "propagate"), ("static", "propagate"), (None, "share"), (None, "copy")]
+)
+@torch.no_grad()
+def test_generate_makes_a_cache_for_more_cycles_than_trained(ids, left_padded, kind, policy):
+    net = model(num_cycles=2, exit_kv=policy)
+    given = {"attention_mask": left_padded, "max_new_tokens": 5, "do_sample": False}
+    more = {"num_cycles": 4, "allow_extrapolation": True}
+    found = net.generate(ids, cache_implementation=kind, **more, **given)
+    assert torch.equal(found, resize_cycles(net, 4).generate(ids, **given))
+    assert net.config.num_cycles == 2
+    with pytest.raises(InputError, match="num_cycles: 4 asked, 2 trained"):
+        net.generate(ids, num_cycles=4, **given)
 
 
 @torch.no_grad()
@@ -436,11 +466,15 @@ def test_a_later_token_never_changes_earlier_ones(ids, policy):
 @pytest.mark.parametrize("policy", ["propagate", "copy"])
 @torch.no_grad()
 def test_tokens_that_leave_one_by_one_leave_the_same_with_a_cache(ids, left_padded, policy):
-    """Token by token through a cache, rows leaving at different cycles, against one pass."""
+    """Token by token through a cache, rows leaving at different cycles, against one pass without."""
     net = model(num_cycles=3, exit_kv=policy)
     options = {"exit_threshold": middle_signal(net, ids, left_padded), "exit_level": "token"}
     whole = net(ids, attention_mask=left_padded, use_cache=True, **options)
     used = whole.num_cycles_used
+    without = net(ids, attention_mask=left_padded, use_cache=False, **options)
+    assert without.past_key_values is None
+    assert torch.equal(without.num_cycles_used, used)
+    close(without.logits, whole.logits, left_padded)
     assert any(len(column.unique()) > 1 for column in used[:, 3:].T)
     cache = DynamicCache(config=net.config)
     found = stepwise(net, ids, cache, left_padded, cuts=range(1, 8), **options)
@@ -567,6 +601,22 @@ def test_zero_tokens_of_another_shape_are_refused_with_both_shapes(tmp_path):
         ZTTForCausalLM.from_pretrained(tmp_path, config=config)
 
 
+@pytest.mark.parametrize("options", [{"subfolder": "inner"}, {"variant": "half"}], ids=str)
+def test_it_loads_from_where_transformers_finds_it(tmp_path, ids, options):
+    net = model(num_cycles=2)
+    net.save_pretrained(tmp_path / options.get("subfolder", ""), variant=options.get("variant"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, net(ids).logits)
+
+
+def test_zero_tokens_in_a_subfolder_are_compared_too(tmp_path):
+    model(num_cycles=2).save_pretrained(tmp_path / "inner")
+    config = ZTTConfig(**SMALL, num_cycles=3)
+    with pytest.raises(CheckpointError, match=r"inner: .*, the config needs \(3, 2, 2, 8\)"):
+        ZTTForCausalLM.from_pretrained(tmp_path, config=config, subfolder="inner")
+
+
 @torch.no_grad()
 def test_resized_cycles_begin_where_the_last_one_was(ids):
     net = model(num_cycles=2, cycle_gate="zero_init")
@@ -580,16 +630,20 @@ def test_resized_cycles_begin_where_the_last_one_was(ids):
 
 
 def test_a_fixed_number_of_cycles_compiles_to_one_graph(ids):
-    net = model(num_cycles=2)
+    net = model(num_cycles=3, training_cycles="grow")
     whole = torch.compile(net, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        close(whole(ids).logits, net(ids).logits)
+    for mixed in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            close(whole(ids).logits, net(ids).logits)
+            close(whole(ids, num_cycles=2).logits, net(ids, num_cycles=2).logits)
+    net.train()
+    close(whole(ids).logits, net(ids).logits)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_cycles": 0}, "num_cycles: expected at least 1, found 0"),
+        ({"num_cycles": 0}, "num_cycles: expected a whole number of at least 1, found 0"),
         ({"num_head_layers": 2, "num_tail_layers": 2}, "4 of 4 layers leave no middle.*at most 3"),
         ({"num_head_layers": -1}, "num_head_layers: expected at least 0"),
         ({"min_cycles": 3}, "min_cycles: 3 is more than num_cycles, 2"),
@@ -599,8 +653,17 @@ def test_a_fixed_number_of_cycles_compiles_to_one_graph(ids):
         ({"exit_criterion": "zeta"}, "exit_criterion: expected zero_attention, latent_diff, entropy, kl"),
         ({"exit_kv": "none"}, "exit_kv: none needs `exit_level: batch`"),
         ({"zero_token": False, "exit_threshold": 0.5}, "zero_attention needs zero tokens"),
+        ({"exit_threshold": "0.5"}, "exit_threshold: expected a finite number or nothing, found '0.5'"),
+        ({"exit_threshold": float("nan")}, "exit_threshold: expected a finite number or nothing, found nan"),
         ({"zero_token_impl": "fast"}, "zero_token_impl: expected auto, lse, concat, found 'fast'"),
         ({"physical_layer_types": ["full_attention"]}, "physical_layer_types: 1 of 4 layers"),
+        ({"zero_token": False, "gate": "attn"}, "gate: 'attn' has no effect, since `zero_token` is false"),
+        ({"zero_token": False, "zero_query": "pre_rope"}, "zero_query: 'pre_rope' has no effect"),
+        ({"zero_token": False, "zero_bias_init": 0.0}, "zero_bias_init: 0.0 has no effect"),
+        ({"zero_bias": False, "zero_bias_init": -6.0}, "zero_bias_init: -6.0 has no effect, .*`zero_bias`"),
+        ({"num_cycles": 1, "deep_supervision": 0.3}, "deep_supervision: 0.3 has no effect, .*num_cycles` is"),
+        ({"num_cycles": 1, "cycle_gate": "zero_init"}, "cycle_gate: 'zero_init' has no effect"),
+        ({"num_cycles": 1, "training_cycles": "grow"}, "training_cycles: 'grow' has no effect"),
     ],
     ids=str,
 )
@@ -612,14 +675,23 @@ def test_a_config_that_makes_no_model_says_why(options, message):
 def test_calls_that_ask_for_what_is_not_there_say_so(ids):
     net = model(num_cycles=2)
     for options, message in (
-        ({"num_cycles": 0}, "num_cycles: expected at least 1, got 0"),
+        ({"num_cycles": 0}, "num_cycles: expected a whole number of at least 1, found 0"),
+        ({"num_cycles": 1.5}, "num_cycles: expected a whole number of at least 1, found 1.5"),
+        ({"exit_threshold": "0.5"}, "exit_threshold: expected a finite number or nothing, found '0.5'"),
+        ({"exit_threshold": float("nan")}, "exit_threshold: .*, found nan"),
         ({"exit_level": "row"}, "exit_level: expected batch, sequence, token, found 'row'"),
         ({"output_attentions": True}, "output_attentions: needs attn_implementation eager, found sdpa"),
     ):
         with pytest.raises(InputError, match=message):
             net(ids, **options)
-    with pytest.raises(InputError, match="the model has no zero tokens; set exit_criterion"):
-        model(zero_token=False)(ids, exit_threshold=0.5)
+    for options in ({"exit_threshold": 0.5}, {"output_exit_signal": True}):
+        with pytest.raises(InputError, match="the model has no zero tokens; set exit_criterion"):
+            model(zero_token=False)(ids, **options)
+        for criterion in ("entropy", "kl"):
+            inner = model(exit_criterion=criterion).model
+            with pytest.raises(InputError, match=f"{criterion} reads predictions, which a ZTTModel does not"):
+                inner(ids, **options)
+            assert inner.train()(ids, exit_threshold=0.5).num_cycles_used.tolist() == [2, 2]
     with pytest.raises(InputError, match="either input_ids or inputs_embeds"):
         net.model()
     with pytest.raises(ValueError, match="cycels"):

@@ -30,6 +30,7 @@ from weightsmith.training.hrp.initialize import initialize_lora_hrp_weights
 from weightsmith.training.hrp.options import HRPAdapterOptions, LoRAOptions
 from weightsmith.training.hrp.report import FILE
 from weightsmith.training.planning import TrainPlan
+from weightsmith.training.zero_token.options import EXTRA_MODULES
 
 ADAPTER = "adapter"
 """Folder beside the metrics: the adapter that was merged."""
@@ -228,6 +229,8 @@ def _config(peft: Any, network: Any, options: LoRAOptions) -> Any:
         init_lora_weights=start,
         eva_config=peft.EvaConfig() if start == "eva" else None,
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in network.modules()),
+        # Later cycles of a converted model stand behind closed gates: factors alone would not reach them.
+        modules_to_save=[name for name, _ in network.named_modules() if name in EXTRA_MODULES] or None,
     )
 
 

@@ -56,15 +56,28 @@ def zero_scores(q_BHTD: Tensor, key_GD: Tensor, bias_H: Tensor | None, scaling: 
     return z if bias_H is None else z + bias_H[:, None].to(wide)
 
 
-def additive_mask(mask: Any, dtype: torch.dtype) -> Any:
-    """A boolean mask as numbers to add; others as they are.
+def computed_in(x: Tensor) -> torch.dtype:
+    """The type in which attention of `x` is computed: autocast's where that is on, or its own.
 
-    The lowest number and not minus infinity: a row without any key then has LSE = lowest, so a0 = 1, and an
-    output of zero without a special case.
+    Kernels called by their own name are not cast by autocast, under which rotated queries and keys are wider
+    than values.
     """
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def additive_mask(mask: Any, dtype: torch.dtype) -> Any:
+    """A mask as numbers of `dtype` to add; others than tensors as they are.
+
+    The lowest number and not minus infinity, which the lowest of a wider type would become: a row without any
+    key then has LSE = lowest, so a0 = 1, and an output of zero without a special case.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype == dtype:
         return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    lowest = torch.finfo(dtype).min
+    if mask.dtype != torch.bool:
+        return mask.to(dtype).clamp_min(lowest)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest)
 
 
 def choose(backend: str, implementation: str, device: str, dropout: float) -> str:
@@ -113,6 +126,8 @@ def zero_attention(
 ) -> Zeroed:
     """Attention in which every query also sees a slot of score `z_BHT` and value zero.
 
+    It is computed in autocast's type where autocast is on, or in that of the values.
+
     Args:
         q_BHTD: Queries, rotated.
         k_BGSD: Keys, rotated; H is a multiple of G.
@@ -130,11 +145,13 @@ def zero_attention(
         InputError: the backend has no log-sum-exp.
     """
     way = choose(backend, implementation, q_BHTD.device.type, dropout)
+    dtype = computed_in(v_BGSD)
+    q_BHTD, k_BGSD, v_BGSD = q_BHTD.to(dtype), k_BGSD.to(dtype), v_BGSD.to(dtype)
+    mask = additive_mask(mask, dtype)
     if mask is not None:
         is_causal = False
     if backend == "flex_attention":
         return _flex(q_BHTD, k_BGSD, v_BGSD, z_BHT, mask, scaling, is_causal)
-    mask = additive_mask(mask, q_BHTD.dtype)
     if is_causal and k_BGSD.shape[2] > q_BHTD.shape[2]:  # a cache made in advance, of which this is the start
         k_BGSD, v_BGSD = k_BGSD[:, :, : q_BHTD.shape[2]], v_BGSD[:, :, : q_BHTD.shape[2]]
     if way == "lse":
@@ -204,7 +221,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, z: Tensor, mask: Any, scaling: float,
 
     score = None
     if isinstance(mask, Tensor):
-        added = additive_mask(mask, q.dtype).expand(q.shape[0], q.shape[1], -1, -1)
+        added = mask.expand(q.shape[0], q.shape[1], -1, -1)
 
         def score(value: Tensor, b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
             return value + added[b, h, t, s]

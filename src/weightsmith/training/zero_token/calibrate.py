@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from weightsmith.errors import InputError
+from weightsmith.training.zero_token.options import MODEL_TYPE
 
 IGNORED = -100
 
@@ -67,11 +68,17 @@ def calibrate_exit(
         points: Thresholds to try.
 
     Raises:
-        InputError: no data, one cycle only, or a value out of range.
+        InputError: another model, no data or data of another form, one cycle only, a criterion that the
+            model can't tell, or a value out of range.
     """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind != MODEL_TYPE or not hasattr(model, "lm_head"):  # which an adapter around the model shows too
+        raise InputError(f"model: expected a ZTTForCausalLM, found {type(model).__name__}")
     kept = list(batches)
     if not kept:
         raise InputError("batches: expected held-out data, found none")
+    for number, batch in enumerate(kept):
+        _check_batch(number, batch)
     if not max_loss_increase >= 0:
         raise InputError(f"max_loss_increase: expected at least 0, got {max_loss_increase}")
     if points < 1:
@@ -87,8 +94,7 @@ def calibrate_exit(
         full, signals = _measure(model, kept, None, level, keep_signals=True)
         asked = signals[config.min_cycles - 1 : config.num_cycles - 1].flatten()
         asked = asked[asked.isfinite()]
-        shares = torch.linspace(0, 1, points + 2, dtype=asked.dtype)[1:-1]
-        tried = sorted({round(float(value), 6) for value in torch.quantile(asked, shares)})
+        tried = worth_trying(asked, points)
         curve = [full, *(_measure(model, kept, threshold, level)[0] for threshold in tried)]
     finally:
         config.exit_threshold = before
@@ -98,6 +104,35 @@ def calibrate_exit(
     config.exit_threshold = chosen.threshold
     config.exit_curve = [asdict(point) for point in curve]
     return ExitCalibration(chosen, tuple(curve), float(asked.std()))
+
+
+def _check_batch(number: int, batch: Any) -> None:
+    """Refuse a batch that has no ids (B, T), or a mask or labels of another shape."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise InputError(
+            f"batches: expected mappings with `input_ids`, found {type(batch).__name__} at {number}"
+        )
+    wanted = tuple(batch["input_ids"].shape) if isinstance(batch["input_ids"], torch.Tensor) else ()
+    for key in ("input_ids", "attention_mask", "labels"):
+        if key not in batch:
+            continue
+        found = batch[key]
+        shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        if len(wanted) != 2 or shape != wanted:
+            raise InputError(
+                f"batches: expected {key} of batch {number} to be a tensor of the shape of its input_ids, "
+                f"(rows, tokens), found {shape}"
+            )
+
+
+def worth_trying(signals: torch.Tensor, points: int) -> list[float]:
+    """At most `points` thresholds, ascending: quantiles of the signals, to six significant digits (those of a
+    converted model over long texts lie far below 1).
+    """
+    shares = torch.linspace(0, 1, points + 2, dtype=torch.float64)[1:-1]
+    # Sorted here: `torch.quantile` takes no more than 16 million numbers.
+    found = signals.sort().values[(shares * (len(signals) - 1)).round().long()]
+    return sorted({float(f"{value:.6g}") for value in found.tolist()})
 
 
 @torch.no_grad()

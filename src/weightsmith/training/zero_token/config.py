@@ -38,6 +38,13 @@ class ZTTConfig(LlamaConfig):
     model_type = options.MODEL_TYPE
     base_model_tp_plan = None  # attention to the zero token would need sums over ranks
     base_model_pp_plan = None
+    # What a Trainer shows `compute_metrics` is the logits.
+    keys_to_ignore_at_inference = [  # noqa: RUF012
+        "past_key_values",
+        "zero_attention",
+        "num_cycles_used",
+        "exit_signal",
+    ]
 
     num_physical_layers: int | None = None
     num_cycles: int = 2
@@ -71,8 +78,6 @@ class ZTTConfig(LlamaConfig):
             self.num_physical_layers = self.num_hidden_layers
         if self.cycle_gate is None:
             self.cycle_gate = "off"
-        if self.zero_bias_init is None:
-            self.zero_bias_init = 0.0
         if self.attention_output_bias is None:
             self.attention_output_bias = bool(self.attention_bias)
         if self.zero_token_impl not in options.IMPLEMENTATIONS:

@@ -9,6 +9,7 @@ Source  arXiv:2502.12214 fine-tunes existing models; how it starts them is not k
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping
@@ -180,18 +181,11 @@ def convert_to_ztt(model: Any, options: ZTTOptions | None = None, *, seed: int =
     """
     import torch
 
-    from weightsmith.training.zero_token.config import ZTTConfig
-    from weightsmith.training.zero_token.modeling import ZTTForCausalLM
-
     config = config_of(model.config.to_dict(), options or ZTTOptions(), converting=True)
-    made: Any = ZTTForCausalLM(ZTTConfig.from_dict(config))
-    made.to(model.dtype)
     state = dict(model.state_dict())
     for name, shape in extra_shapes(config).items():
         state[name] = torch.from_numpy(first_values(name, shape, config, seed))
-    made.load_state_dict(state)
-    made.generation_config = model.generation_config
-    return made.to(model.device).train(model.training)
+    return _filled(_unfilled(config, model), state, model)
 
 
 def resize_cycles(model: ZTTForCausalLM, num_cycles: int) -> ZTTForCausalLM:
@@ -199,18 +193,19 @@ def resize_cycles(model: ZTTForCausalLM, num_cycles: int) -> ZTTForCausalLM:
     closed gate where the model has gates.
 
     Raises:
-        InputError: fewer than one.
+        InputError: fewer than one, or `model` is another one.
     """
-    from weightsmith.training.zero_token.config import ZTTConfig
-    from weightsmith.training.zero_token.modeling import ZTTForCausalLM
-
-    values = model.config.to_dict()
-    values["min_cycles"] = min(model.config.min_cycles, num_cycles)
-    config = ZTTConfig.from_dict({**values, "num_cycles": num_cycles})
-    made: Any = ZTTForCausalLM(config)
-    made.to(model.dtype)
+    if model.config.model_type != layout.MODEL_TYPE:
+        raise InputError(
+            f"model: expected a ZTTForCausalLM, found {type(model).__name__}; `convert_to_ztt` makes one"
+        )
+    config = {**model.config.to_dict(), "num_cycles": num_cycles}
+    config["min_cycles"] = min(model.config.min_cycles, num_cycles)
+    if num_cycles == 1:
+        config |= layout.WITH_ONE_CYCLE
+    made = _unfilled(config, model)
     state = dict(model.state_dict())
-    for name, shape in extra_shapes(values | {"num_cycles": num_cycles}).items():
+    for name, shape in extra_shapes(config).items():
         old = state.pop(name, None)
         new = made.state_dict()[name].clone()
         if name == layout.CYCLES:
@@ -223,8 +218,36 @@ def resize_cycles(model: ZTTForCausalLM, num_cycles: int) -> ZTTForCausalLM:
         state[name] = new
     if num_cycles == 1:
         state.pop(layout.CYCLES, None)
+    return _filled(made, state, model)
+
+
+def _unfilled(config: Mapping[str, Any], model: Any) -> Any:
+    """A model of a config in the type of `model`, with its attention."""
+    from weightsmith.training.zero_token.config import ZTTConfig
+    from weightsmith.training.zero_token.modeling import ZTTForCausalLM
+
+    # Made in its type, not cast: frequencies of the rotary embedding stay float32 in a model of sixteen bits.
+    return ZTTForCausalLM._from_config(
+        ZTTConfig.from_dict(dict(config)),
+        dtype=model.dtype,
+        attn_implementation=model.config._attn_implementation,
+    )
+
+
+def _filled(made: Any, state: Mapping[str, Any], model: Any) -> Any:
+    """`made` with its weights, where and as `model` is.
+
+    Raises:
+        InputError: `model` has other tensors than a plain one; names the first.
+    """
+    odd = sorted(state.keys() ^ made.state_dict().keys())
+    if odd:
+        raise InputError(
+            f"model: expected a plain causal language model, found {type(model).__name__} "
+            f"{'with' if odd[0] in state else 'without'} {odd[0]}; `merge_and_unload` an adapter first"
+        )
     made.load_state_dict(state)
-    made.generation_config = model.generation_config
+    made.generation_config = copy.deepcopy(model.generation_config)
     return made.to(model.device).train(model.training)
 
 

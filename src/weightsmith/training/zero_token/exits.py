@@ -36,12 +36,12 @@ def signal(
         read_out: For `entropy` and `kl`.
     """
     if criterion == "zero_attention":
-        assert share_BT is not None  # a config without zero tokens can't name this criterion
+        assert share_BT is not None  # the model refuses the criterion where it has no zero tokens
         return share_BT.float()
     if criterion == "latent_diff":
         change = (after_BTD.float() - before_BTD.float()).norm(dim=-1)
         return change / after_BTD.float().norm(dim=-1).clamp_min(1e-12)
-    assert read_out is not None
+    assert read_out is not None  # and these where it makes no predictions
     before, after = (read_out(state).float().log_softmax(-1) for state in (before_BTD, after_BTD))
     if criterion == "kl":
         return (after.exp() * (after - before)).sum(-1)

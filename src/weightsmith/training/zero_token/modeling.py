@@ -30,16 +30,20 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from weightsmith.errors import CheckpointError, InputError
+from weightsmith.errors import InputError
 from weightsmith.training.zero_token import options
-from weightsmith.training.zero_token.attention import additive_mask, choose
+from weightsmith.training.zero_token.attention import additive_mask, choose, computed_in
 from weightsmith.training.zero_token.config import ZTTConfig
 from weightsmith.training.zero_token.exits import ReadOut, leaves, real_tokens, signal
+from weightsmith.training.zero_token.files import check_pool
 from weightsmith.training.zero_token.layers import CycleGate, ZeroTokens, ZTTAttention, ZTTDecoderLayer
-from weightsmith.training.zero_token.passes import Pass, new_cache
+from weightsmith.training.zero_token.passes import Pass, cache_config, new_cache
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -103,8 +107,9 @@ class ZTTPreTrainedModel(PreTrainedModel):
         Raises:
             CheckpointError: the folder's zero tokens are those of other cycles, layers or heads.
         """
-        if source is not None and Path(source).is_dir():
-            _check_pool(Path(source), kwargs.get("config"))
+        # Files of a variant have names that are transformers' own matter.
+        if source is not None and kwargs.get("variant") is None:
+            check_pool(Path(source) / (kwargs.get("subfolder") or ""), kwargs.get("config"))
         return super().from_pretrained(source, *args, **kwargs)
 
 
@@ -175,14 +180,17 @@ class ZTTModel(ZTTPreTrainedModel):
             **kwargs: For the attention backend.
 
         Raises:
-            InputError: more cycles than trained, or than the cache holds; an unknown level; a backend that
-                can't show a zero token; earlier states beside a cache.
+            InputError: more cycles than trained, or than the cache holds; an unknown level; a threshold that
+                is no number; a criterion that the model can't tell; a backend that can't show a zero token;
+                earlier states beside a cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("expected either input_ids or inputs_embeds")
         states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cycles = self._cycles(num_cycles, allow_extrapolation)
         threshold, level = self._exit(exit_threshold, exit_level)
+        if threshold is not None or output_exit_signal:
+            self._check_criterion(read_out)
         self._check_backend(kwargs)
         if output_earlier_states and past_key_values is not None:
             raise InputError(
@@ -269,9 +277,15 @@ class ZTTModel(ZTTPreTrainedModel):
 
     def _cycles(self, asked: int | None, allow_extrapolation: bool) -> int:
         if asked is None:
+            unscheduled = self.cycles_now is None and self.config.training_cycles != "all"
+            # A warning has no place in a compiled graph.
+            if self.training and unscheduled and not torch.compiler.is_compiling():
+                logger.warning_once(
+                    f"training_cycles {self.config.training_cycles}: nothing sets the cycles of a step, so "
+                    "all run; give the Trainer `callbacks=[CycleSchedule(model)]`"
+                )
             return self.cycles_now or self.config.num_cycles if self.training else self.config.num_cycles
-        if asked < 1:
-            raise InputError(f"num_cycles: expected at least 1, got {asked}")
+        options.check_cycles("num_cycles", asked)
         if asked > self.config.num_cycles and not allow_extrapolation:
             raise InputError(
                 f"num_cycles: {asked} asked, {self.config.num_cycles} trained; `allow_extrapolation=True` "
@@ -286,13 +300,21 @@ class ZTTModel(ZTTPreTrainedModel):
         if self.config.exit_kv == "none" and level != "batch":
             raise InputError(f"exit_kv none needs exit_level batch, found {level}")
         threshold = self.config.exit_threshold if threshold is None else threshold
-        by_zero = self.config.exit_criterion == "zero_attention"
-        if threshold is not None and by_zero and self.zero_token is None:
-            raise InputError(
-                "exit_threshold: the criterion is zero_attention and the model has no zero tokens; set "
-                "exit_criterion to latent_diff, entropy or kl"
-            )
+        options.check_threshold(threshold)
         return None if self.training else threshold, level
+
+    def _check_criterion(self, read_out: ReadOut | None) -> None:
+        criterion = self.config.exit_criterion
+        if criterion == "zero_attention" and self.zero_token is None:
+            raise InputError(
+                "exit_criterion: zero_attention, and the model has no zero tokens; set exit_criterion to "
+                "latent_diff, entropy or kl"
+            )
+        if criterion in options.READ_CRITERIA and read_out is None:
+            raise InputError(
+                f"exit_criterion: {criterion} reads predictions, which a {type(self).__name__} does not "
+                "make; take ZTTForCausalLM, or exit_criterion latent_diff"
+            )
 
     def _check_backend(self, kwargs: dict[str, Any]) -> None:
         backend = self.config._attn_implementation
@@ -322,7 +344,7 @@ class ZTTModel(ZTTPreTrainedModel):
                 )
             made[sliding, False] = mask
             # Made once for all layers and cycles; a float mask would do for the others too, more slowly.
-            made[sliding, True] = additive_mask(mask, states.dtype)
+            made[sliding, True] = additive_mask(mask, computed_in(states))
         return made
 
 
@@ -386,7 +408,7 @@ class ZTTForCausalLM(ZTTPreTrainedModel, GenerationMixin):
             output_zero_attention=output_zero_attention,
             output_exit_signal=output_exit_signal,
             output_earlier_states=supervised,
-            read_out=self.read_out if self.config.exit_criterion in ("entropy", "kl") else None,
+            read_out=self.read_out if self.config.exit_criterion in options.READ_CRITERIA else None,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -411,6 +433,21 @@ class ZTTForCausalLM(ZTTPreTrainedModel, GenerationMixin):
             exit_signal=outputs.exit_signal,
         )
 
+    def _prepare_cache_for_generation(  # pyrefly: ignore[bad-override]
+        self, generation_config: Any, model_kwargs: Any, *args: Any
+    ) -> Any:
+        # Every kind of cache is made from the model's config, which tells the places of its own cycles.
+        own = self.config
+        cycles = self.model._cycles(
+            model_kwargs.get("num_cycles"), model_kwargs.get("allow_extrapolation", False)
+        )
+        self.config = cache_config(own, cycles)
+        try:
+            maker: Any = super()
+            return maker._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        finally:
+            self.config = own
+
     def read_out(self, states_BTD: Tensor) -> Tensor:
         """Logits of a state between cycles, without the tail layers."""
         return self.lm_head(self.model.norm(states_BTD))
@@ -424,31 +461,6 @@ def _positions(tokens: int, past: Any, attention_mask: Any, device: torch.device
     if whole and not (isinstance(past, int) and attention_mask.shape[1] != past + tokens):
         return (attention_mask.long().cumsum(1) - 1).clamp_min(0)[:, -tokens:]
     return (torch.arange(tokens, device=device) + past).unsqueeze(0)
-
-
-def _check_pool(folder: Path, config: Any) -> None:
-    """Compare shapes of zero tokens in files with those of the config, before anything is loaded.
-
-    Raises:
-        CheckpointError: names both shapes.
-    """
-    from weightsmith.checkpoints.folder import open_weights, read_config
-
-    values = config.to_dict() if isinstance(config, ZTTConfig) else read_config(folder)
-    if values.get("model_type") != options.MODEL_TYPE:
-        return
-    wanted = options.extra_shapes(ZTTConfig.from_dict(dict(values)).to_dict())
-    files = open_weights(folder)
-    try:
-        for name, shape in wanted.items():
-            found = files.tensors.get(name)
-            if found is not None and found.shape != shape:
-                raise CheckpointError(
-                    f"{folder.name}: {name} is {found.shape}, the config needs {shape} (cycles, layers, "
-                    "heads); load it with its own config and change that with `resize_cycles`"
-                )
-    finally:
-        files.close()
 
 
 def _spread(share_RT: Tensor, rows: Tensor, number: int) -> Tensor:

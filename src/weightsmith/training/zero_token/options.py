@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 from weightsmith.errors import InputError, nearest
@@ -24,14 +25,29 @@ QUERIES = ("post_rope", "pre_rope")
 GATES = ("layer", "attn", "none")
 CYCLE_GATES = ("off", "zero_init")
 LEVELS = ("batch", "sequence", "token")
-CRITERIA = ("zero_attention", "latent_diff", "entropy", "kl")
+READ_CRITERIA = ("entropy", "kl")
+"""Criteria that read predictions."""
+CRITERIA = ("zero_attention", "latent_diff", *READ_CRITERIA)
 KV_POLICIES = ("propagate", "copy", "share", "none")
 SCHEDULES = ("all", "grow", "sample")
 IMPLEMENTATIONS = ("auto", "lse", "concat")
 KEYS = "model.zero_token.bias_k"
 SCORES = "model.zero_token.bias_z"
 CYCLES = "model.cycle_gate.bias"
+EXTRA_MODULES = ("model.zero_token", "model.cycle_gate")
+"""What a base doesn't have, as far as a model has it: trained as a whole where an adapter is trained."""
 KEY_STD = 0.02
+WITHOUT_ZERO_TOKENS: Mapping[str, Any] = {
+    "zero_token_scope": "layer_cycle",
+    "zero_key_space": "head",
+    "zero_query": "post_rope",
+    "zero_bias": True,
+    "zero_bias_init": None,
+    "gate": "layer",
+}
+"""Options that do nothing without zero tokens, at what they then have to be."""
+WITH_ONE_CYCLE: Mapping[str, Any] = {"cycle_gate": "off", "training_cycles": "all", "deep_supervision": 0.0}
+"""Options that do nothing where the middle layers run once, at what they then have to be."""
 MANY_LAYERS = 1_000_000
 """Stands for a model whose layers are not known yet."""
 
@@ -115,9 +131,10 @@ def check(values: Mapping[str, Any], layers: int) -> None:
         InputError: begins with the option; says what was found and expected.
     """
     for key in ("num_cycles", "min_cycles"):
-        _expect(key, values[key], values[key] >= 1, "at least 1")
+        check_cycles(key, values[key])
     for key in ("num_head_layers", "num_tail_layers"):
         _expect(key, values[key], values[key] >= 0, "at least 0")
+    check_threshold(values["exit_threshold"])
     weight = values["deep_supervision"]
     _expect("deep_supervision", weight, 0 <= weight < math.inf, "a number from 0 on")
     outside = values["num_head_layers"] + values["num_tail_layers"]
@@ -146,6 +163,12 @@ def check(values: Mapping[str, Any], layers: int) -> None:
                 f"{key}: expected {', '.join(allowed)}, found {values[key]!r}"
                 f"{nearest(str(values[key]), allowed)}"
             )
+    if not values["zero_token"]:
+        _expect_unused(values, WITHOUT_ZERO_TOKENS, "`zero_token` is false")
+    elif not values["zero_bias"]:
+        _expect_unused(values, {"zero_bias_init": None}, "`zero_bias` is false")
+    if values["num_cycles"] == 1:
+        _expect_unused(values, WITH_ONE_CYCLE, "`num_cycles` is 1")
     if values["exit_kv"] == "none" and values["exit_level"] != "batch":
         raise InputError(
             f"exit_kv: none needs `exit_level: batch`, found {values['exit_level']}: tokens that left would "
@@ -157,6 +180,27 @@ def check(values: Mapping[str, Any], layers: int) -> None:
             "exit_criterion: zero_attention needs zero tokens, and `zero_token` is false; take latent_diff, "
             "entropy or kl"
         )
+
+
+def check_cycles(key: str, cycles: Any) -> None:
+    """Refuse what is no number of cycles.
+
+    Raises:
+        InputError: begins with `key`.
+    """
+    whole = isinstance(cycles, int) and not isinstance(cycles, bool)
+    _expect(key, cycles, whole and cycles >= 1, "a whole number of at least 1")
+
+
+def check_threshold(threshold: Any) -> None:
+    """Refuse what no signal can be compared with.
+
+    Raises:
+        InputError: the threshold is neither None nor a finite number.
+    """
+    number = isinstance(threshold, Real) and not isinstance(threshold, bool)
+    finite = number and math.isfinite(threshold)
+    _expect("exit_threshold", threshold, threshold is None or finite, "a finite number or nothing")
 
 
 def config_of(base: Mapping[str, Any], options: ZTTOptions, *, converting: bool) -> dict[str, Any]:
@@ -178,10 +222,15 @@ def config_of(base: Mapping[str, Any], options: ZTTOptions, *, converting: bool)
     made = {key: value for key, value in base.items() if key not in ("architectures", "layer_types")}
     made |= {"model_type": MODEL_TYPE, "architectures": ["ZTTForCausalLM"]}
     made |= {key: getattr(options, key) for key in ZTTOptions.__dataclass_fields__}
-    if options.zero_bias_init is None:
+    if converting and options.zero_token and not options.zero_bias:
+        raise InputError(
+            "zero_bias: expected true, found false: without it zero tokens take a large share of the "
+            "attention from the start, and the converted model does not begin as its base"
+        )
+    if options.zero_bias_init is None and options.zero_token and options.zero_bias:
         made["zero_bias_init"] = -6.0 if converting else 0.0
     if options.cycle_gate is None:
-        made["cycle_gate"] = "zero_init" if converting else "off"
+        made["cycle_gate"] = "zero_init" if converting and options.num_cycles > 1 else "off"
     # Each family's own defaults, said in our words.
     made["attention_bias"] = kind == "qwen2" or bool(base.get("attention_bias"))
     made["attention_output_bias"] = kind in ("llama", "qwen3") and bool(base.get("attention_bias"))
@@ -282,3 +331,9 @@ def _layer_types(base: Mapping[str, Any], layers: int) -> Sequence[str]:
 def _expect(key: str, value: object, holds: bool, expected: str) -> None:
     if not holds:
         raise InputError(f"{key}: expected {expected}, found {value!r}")
+
+
+def _expect_unused(values: Mapping[str, Any], unused: Mapping[str, Any], why: str) -> None:
+    for key, idle in unused.items():
+        if values[key] != idle:
+            raise InputError(f"{key}: {values[key]!r} has no effect, since {why}; leave it out")

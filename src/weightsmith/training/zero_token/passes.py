@@ -49,7 +49,8 @@ class Pass:
                 "the same cycle; their results differ, and training is without"
             )
         self._places = max(model.config.num_cycles, self.held)
-        self._keeps = cache is not None and self.config.exit_kv == "copy"
+        # Without a cache too: later tokens of the same pass read these keys. In training nothing leaves.
+        self._keeps = self.config.exit_kv == "copy" and not model.training
         self._last: dict[int, tuple[Tensor, ...]] = {}
         self._left: Tensor | None = None
 
@@ -128,10 +129,14 @@ class Pass:
 
 def new_cache(config: ZTTConfig, cycles: int | None = None) -> DynamicCache:
     """A growing cache with places for `cycles`, by default as many as the config's."""
-    cycles = max(cycles or config.num_cycles, config.num_cycles)
-    if cycles > config.num_cycles:
-        config = ZTTConfig.from_dict({**config.to_dict(), "num_cycles": cycles})
-    return DynamicCache(config=config)
+    return DynamicCache(config=cache_config(config, cycles))
+
+
+def cache_config(config: ZTTConfig, cycles: int | None) -> ZTTConfig:
+    """What to make a cache from: the config, with places for `cycles` where these are more than its own."""
+    if cycles is None or cycles <= config.num_cycles:
+        return config
+    return ZTTConfig.from_dict({**config.to_dict(), "num_cycles": cycles})
 
 
 def _held_cycles(cache: Any, config: ZTTConfig, cycles: int) -> tuple[int, bool]:

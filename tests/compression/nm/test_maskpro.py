@@ -462,6 +462,16 @@ def test_the_state_of_a_run_on_other_data_is_refused(mlp, points, cross_entropy,
         assert fit(points, **options | {"steps": 14}).steps == 14
 
 
+def test_a_state_that_was_refused_leaves_the_run_free_for_another_folder(
+    mlp, points, cross_entropy, tmp_path
+):
+    MaskProPruner(mlp, short(), loss_fn=cross_entropy).fit(points, work=tmp_path)
+    pruner = MaskProPruner(mlp, short(), loss_fn=cross_entropy)
+    with pytest.raises(InputError, match="other data"):
+        pruner.fit(points[:2], work=tmp_path)
+    assert pruner.fit(points[:2], work=tmp_path / "other").steps == 12
+
+
 def test_the_state_of_a_run_with_other_first_masks_is_refused(mlp, points, cross_entropy, tmp_path):
     def fit(masks, **options):
         pruner = MaskProPruner(mlp, short(**options), loss_fn=cross_entropy, masks=masks)

@@ -11,6 +11,7 @@ from weightsmith.compression.nm import (
     MaskProConfig,
     RIAOptions,
     SparseGPTOptions,
+    SparseSwapsOptions,
     WandaOptions,
     magnitude_scores,
     nm_mask,
@@ -139,6 +140,13 @@ def test_sparsegpt_refuses_sizes_and_statistics_that_do_not_fit():
         sparsegpt_prune(weight, torch.eye(4))
     with pytest.raises(InputError, match="no positive matrix, even with damp"):
         sparsegpt_prune(weight, -torch.eye(8))
+    squares = torch.eye(8)
+    squares[3] = torch.inf
+    with pytest.raises(InputError, match="q_proj: 8 of 64 statistics of its inputs are NaN or infinite"):
+        sparsegpt_prune(weight, squares, name="q_proj")
+    weight[2, 3] = torch.nan
+    with pytest.raises(InputError, match="q_proj: 1 of 32 weights are NaN or infinite"):
+        sparsegpt_prune(weight, torch.eye(8), name="q_proj")
 
 
 def reference_wanda(model, batches, pattern=(2, 4)):
@@ -319,3 +327,31 @@ def test_what_has_no_inputs_to_measure_is_refused(build, tokens, mlp):
         prune_(Unused().eval(), [noise(4, 8)], WandaOptions())
     with pytest.raises(InputError, match="MaskPro learns in steps"):
         prune_(mlp, [], MaskProConfig())
+
+
+ALL = [MagnitudeOptions(), WandaOptions(), RIAOptions(), SparseGPTOptions(), SparseSwapsOptions()]
+
+
+@pytest.mark.parametrize("options", ALL, ids=lambda options: options.kind)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused_by_their_own_name(build, tokens, options, value):
+    model = build("llama")
+    name = "model.layers.0.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[3, 5:7] = value
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    with pytest.raises(InputError, match=rf"^{name}: 2 of 384 weights are NaN or infinite"):
+        prune_(model, tokens, options)
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter.nan_to_num(7.0), before[key].nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("options", ALL[1:], ids=lambda options: options.kind)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e20])
+def test_inputs_whose_squares_are_not_finite_are_refused(mlp, options, value):
+    batch = noise(20, 8)
+    batch[4, 2] = value  # 1e20 is finite, its square is not
+    before = mlp[0].weight.detach().clone()
+    with pytest.raises(InputError, match=r"^0\.weight: 1 of 8 norms of its inputs .* are NaN or infinite"):
+        prune_(nn.Sequential(mlp[0]).eval(), [batch], options)
+    assert torch.equal(mlp[0].weight, before)

@@ -159,10 +159,11 @@ class MaskProPruner:
         data = data_digest(batches)
         with evaluating(self.model):
             if self._state is None and file is not None and file.is_file():
-                self.load(file)
-            if self._file is not None:
-                given = self._given()
-                self._running()[0].check_run(self._file, data, given and given[0])
+                found = State.load(file, self.config, self._targets, self._weights)
+                self._compare(found, file, data)
+                self._take(found)
+            elif self._file is not None:
+                self._compare(self._running()[0], self._file, data)
                 self._file = None
             if self._state is None:
                 self._begin(batches, data)
@@ -249,6 +250,10 @@ class MaskProPruner:
         if masks is None:
             return None
         return codes_from(masks, self._targets, config.nm, repair=config.repair)
+
+    def _compare(self, state: State, path: Path, data: str) -> None:
+        given = self._given()
+        state.check_run(path, data, None if given is None else given[0])
 
     def _begin(self, batches: Iterable[Batch], data: str) -> None:
         """The first masks and their logits."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from weightsmith.compression.nm.groups import top_rows
+from weightsmith.compression.nm.masks import expect_finite
 from weightsmith.compression.nm.pattern import Pattern
 from weightsmith.errors import InputError
 
@@ -57,7 +58,8 @@ def sparsegpt_prune(
         name: For messages.
 
     Raises:
-        InputError: sizes that don't fit; statistics that are no positive matrix even when damped.
+        InputError: sizes that don't fit; weights or statistics that are not finite; statistics that are no
+            positive matrix even when damped.
     """
     pattern = Pattern(n, m)
     pattern.groups(name, tuple(weight.shape), 1)
@@ -72,6 +74,8 @@ def sparsegpt_prune(
     # Columns are rows here, so that each step reads and writes memory in order.
     work = torch.empty((inputs, len(weight)), dtype=torch.float32, device=weight.device)
     work.copy_(weight.detach().t())
+    expect_finite(name, work)
+    expect_finite(name, hessian, "statistics of its inputs")
     factor = _factor(hessian.float().clone(), work, damp, name)
     kept = torch.empty(work.shape, dtype=torch.bool, device=work.device)
     for first in range(0, inputs, block_size):

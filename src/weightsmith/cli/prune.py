@@ -69,7 +69,9 @@ def register(app: typer.Typer) -> None:
         stage, problems = Prune.parse(body if not data else {**body, "data": data})
         problems = [*problems, *(stage.problems() if stage else ())]
         if stage is None or problems:
-            raise InputError("\n".join(f"{show(problem.keys)}: {problem.text}" for problem in problems))
+            raise InputError(
+                "\n".join(f"{show(problem.keys)}: {problem.text}".lstrip(": ") for problem in problems)
+            )
         stage.check_data()
         with bars() as progress:
             report = prune_checkpoint(

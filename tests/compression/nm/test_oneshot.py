@@ -110,6 +110,30 @@ def test_sparsegpt_is_the_published_loop(n, m, block_size):
     assert found.weight[~found.mask].eq(0).all()
 
 
+@pytest.mark.parametrize(("pattern", "size"), [("3:6", 126), ("2:4", 128), ("1:3", 126)])
+def test_the_blocks_of_sparsegpt_are_whole_groups_by_default(pattern, size):
+    n, m = map(int, pattern.split(":"))
+    weight, inputs = noise(4, 252), noise(300, 252, seed=1)
+    squares = inputs.t() @ inputs
+    found = sparsegpt_prune(weight, squares, n, m)
+    assert torch.equal(found.weight, sparsegpt_prune(weight, squares, n, m, block_size=size).weight)
+    model = nn.Sequential(nn.Linear(252, 4)).eval()
+    masks = prune_(model, [inputs], SparseGPTOptions(pattern=pattern))
+    assert masks["0.weight"].kept.sum() == 4 * 252 * n // m
+    with pytest.raises(InputError, match=r"block_size must be a multiple of 3, got 128"):
+        SparseGPTOptions(pattern="1:3", block_size=128)
+
+
+def test_maskpro_begins_with_sparsegpt_for_groups_that_do_not_divide_its_block():
+    from weightsmith.compression.nm import MaskProPruner
+
+    layer, x = nn.Linear(12, 4).eval(), noise(30, 12)
+    config = MaskProConfig(pattern="3:6", init="sparsegpt", steps=1)
+    pruner = MaskProPruner(layer, config, loss_fn=lambda model, batch: model(batch).square().mean())
+    pruner.fit([x])
+    assert pruner.masks()["weight"].kept.sum() == 24
+
+
 def test_sparsegpt_of_unrelated_even_inputs_is_magnitude():
     weight = noise(6, 32)
     found = sparsegpt_prune(weight, 3.0 * torch.eye(32))

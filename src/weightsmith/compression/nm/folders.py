@@ -187,13 +187,12 @@ def _losses(
         return math.fsum(each) / len(each)
 
     shared = {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(NMOptions)}
-    m = options.nm.m
-    ways = [MagnitudeOptions(**shared)]
+    ways: list[NMOptions] = [MagnitudeOptions(**shared)]
     if all(target.modules for target in targets):  # no one sees the inputs of stacked experts
         ways += [
             WandaOptions(**shared),
             SparseSwapsOptions(**shared),
-            SparseGPTOptions(**shared, block_size=128 // m * m),
+            SparseGPTOptions(**shared),
         ]
     found = {"dense": mean()}
     for way in ways:

@@ -42,7 +42,7 @@ def sparsegpt_prune(
     n: int = 2,
     m: int = 4,
     *,
-    block_size: int = 128,
+    block_size: int | None = None,
     damp: float = 0.01,
     name: str = "weight",
 ) -> Pruned:
@@ -53,7 +53,8 @@ def sparsegpt_prune(
         hessian: X Xᵀ over the inputs (I, I), any positive multiple of it; left as it is.
         n: Weights kept in each group.
         m: Size of a group; must divide I.
-        block_size: Columns after which the rest of the matrix is updated at once; a multiple of `m`.
+        block_size: Columns after which the rest of the matrix is updated at once, a multiple of `m`; by
+            default 128, or the multiple of `m` below it.
         damp: Share of the mean diagonal that is added to the diagonal.
         name: For messages.
 
@@ -64,6 +65,8 @@ def sparsegpt_prune(
     pattern = Pattern(n, m)
     pattern.groups(name, tuple(weight.shape), 1)
     inputs = weight.shape[1]
+    if block_size is None:
+        block_size = max(1, 128 // m) * m
     if block_size % m:
         raise InputError(f"block_size must be a multiple of {m}, got {block_size}")
     if hessian.shape != (inputs, inputs):

@@ -100,3 +100,5 @@ def register(app: typer.Typer) -> None:
             )
         for name, loss in report.losses.items():
             typer.echo(f"  loss on the calibration batches, {name}: {loss:.4f}")
+        for name, reason in report.absent.items():
+            typer.echo(f"  not compared with {name}: {reason}")

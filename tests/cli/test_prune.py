@@ -49,6 +49,10 @@ def test_a_model_is_pruned_by_a_method_and_its_options(model):
         (["--method", "wnda"], "method: expected .*did you mean `wanda`"),
         (["--pattern", "4:2"], "pattern: .*must keep"),
         (["--method", "ria", "--option", "powr=1"], "method.ria.powr: no such key; did you mean `power`"),
+        (
+            ["--method", "maskpro", "--option", "lr=auto", "--option", "steps=100"],
+            r"^warmup must be below steps \(100\), got 200",
+        ),
         (["--option", "damp"], "--option: expected KEY=VALUE, got 'damp'"),
     ],
 )

@@ -31,8 +31,8 @@ def test_matrices_stand_by_kind_and_layer_and_what_is_outside_of_layers_apart():
 
 def test_learning_is_drawn_with_each_fixed_mask_as_a_line():
     losses = {"dense": 1.0, "magnitude": 2.0, "wanda": 1.5, "sparsegpt": 1.4, "first": 2.0, "maskpro": 1.7}
-    tried = [2.1, 2.0, float("nan"), 1.9, 1.8]
-    learning = {"steps": 5, "groups": 16, "changed": 0.25, "losses": tried}
+    tried = [2.1, 2.0, float("nan"), None, float("inf"), 1.9, 1.8]
+    learning = {"steps": 7, "groups": 16, "changed": 0.25, "losses": tried}
     made = _pruning(Stage(), {**RECORD, "losses": losses, "learning": learning})
     assert [strip.title for strip in made.strips][1] == "Share of groups whose mask is not the first one"
     assert made.panel is not None
@@ -40,4 +40,16 @@ def test_learning_is_drawn_with_each_fixed_mask_as_a_line():
     assert chart.count('class="level"') == len(losses)
     assert "2.000 → 1.700" in chart
     assert "nan" not in chart
-    assert made.words.endswith("In 5 steps the masks of 25 % of 16 groups changed.")
+    assert made.words.endswith("In 7 steps the masks of 25 % of 16 groups changed.")
+
+
+def test_masks_without_a_finite_loss_are_no_lines_and_those_left_out_are_told():
+    losses = {"dense": 1.0, "magnitude": None, "first": 2.0, "maskpro": None}
+    learning = {"steps": 2, "groups": 16, "changed": 0.25, "losses": [2.1, 2.0]}
+    absent = {"wanda": "q_proj: its layer got no inputs"}
+    made = _pruning(Stage(), {**RECORD, "losses": losses, "absent": absent, "learning": learning})
+    assert str(made.panel.chart).count('class="level"') == 2
+    assert "2.000 → nan" in str(made.panel.chart)
+    assert made.panel.note.endswith("Not compared with Wanda: q_proj: its layer got no inputs.")
+    learning["losses"] = [None, float("inf")]
+    assert _pruning(Stage(), {**RECORD, "losses": losses, "learning": learning}).panel is None

@@ -69,7 +69,9 @@ def register(app: typer.Typer) -> None:
         stage, problems = Prune.parse(body if not data else {**body, "data": data})
         problems = [*problems, *(stage.problems() if stage else ())]
         if stage is None or problems:
-            raise InputError("\n".join(f"{show(problem.keys)}: {problem.text}" for problem in problems))
+            raise InputError(
+                "\n".join(f"{show(problem.keys)}: {problem.text}".lstrip(": ") for problem in problems)
+            )
         stage.check_data()
         with bars() as progress:
             report = prune_checkpoint(
@@ -98,3 +100,5 @@ def register(app: typer.Typer) -> None:
             )
         for name, loss in report.losses.items():
             typer.echo(f"  loss on the calibration batches, {name}: {loss:.4f}")
+        for name, reason in report.absent.items():
+            typer.echo(f"  not compared with {name}: {reason}")

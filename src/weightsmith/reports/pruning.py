@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ def _pruning(stage: Stage, record: Mapping[str, Any]) -> Pruning:
             f" In {learning['steps']:,} steps the masks of {100 * learning['changed']:.2g} % of "
             f"{learning['groups']:,} groups changed."
         )
-    panel = _panel(stage, record) if learning and learning["losses"] else None
+    panel = _panel(stage, record) if learning else None
     return Pruning(stage=stage.name, words=words, strips=tuple(strips), panel=panel)
 
 
@@ -73,11 +74,22 @@ def _strip(title: str, layers: Mapping[str, Mapping[str, Any]], key: str) -> Str
     )
 
 
-def _panel(stage: Stage, record: Mapping[str, Any]) -> Panel:
-    """Losses of the masks that were tried, thin and smoothed, with levels of fixed masks as lines."""
-    losses = [(step, loss) for step, loss in enumerate(record["learning"]["losses"], start=1) if loss == loss]
+def _finite(loss: float | None) -> bool:
+    return loss is not None and math.isfinite(loss)
+
+
+def _panel(stage: Stage, record: Mapping[str, Any]) -> Panel | None:
+    """Losses of the masks that were tried, thin and smoothed, with levels of fixed masks as lines.
+
+    None where no loss is a finite number.
+    """
+    tried = enumerate(record["learning"]["losses"], start=1)
+    losses = [(step, loss) for step, loss in tried if _finite(loss)]
+    if not losses:
+        return None
     smooth = smoothed([loss for _, loss in losses])
-    levels = dict(sorted(record["losses"].items(), key=lambda item: item[1]))
+    known = {name: level for name, level in record["losses"].items() if _finite(level)}
+    levels = dict(sorted(known.items(), key=lambda item: item[1]))
     x, y = scales([step for step, _ in losses], [*smooth, *levels.values()])
     body = axes(x, y, "step")
     raw = thinned(losses, x, y)
@@ -91,10 +103,12 @@ def _panel(stage: Stage, record: Mapping[str, Any]) -> Panel:
     body.append(
         drawing.path(thinned([(s, v) for (s, _), v in zip(losses, smooth, strict=True)], x, y), "smooth")
     )
-    first, final = record["losses"]["first"], record["losses"]["maskpro"]
+    first, final = (levels.get(name, math.nan) for name in ("first", "maskpro"))
     body.append(drawing.text(LEFT, 17, drawing.shorten(stage.name, 16), "panel"))
     body.append(drawing.text(WIDTH - RIGHT, 17, f"{first:.3f} → {final:.3f}", "value", "end"))
     title = f"Loss of the masks that {stage.name} tried, over steps: {first:.4f} to {final:.4f}"
     fixed = ", ".join(f"{_NAMES.get(name, name)} {level:.4f}" for name, level in levels.items())
     note = f"Loss on the calibration batches of the masks that were tried. Lines are fixed masks: {fixed}."
+    for name, reason in record.get("absent", {}).items():
+        note += f" Not compared with {_NAMES.get(name, name)}: {reason}."
     return Panel(stage=stage.name, chart=drawing.svg(WIDTH, HEIGHT, title, body, css="plot"), note=note)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from weightsmith.compression.nm import MagnitudeOptions, freeze_mask_, prune_
+from weightsmith.compression.nm import FrozenMask, MagnitudeOptions, freeze_mask_, prune_
 from weightsmith.errors import InputError
 
 OPTIMIZERS = {
@@ -45,6 +45,67 @@ def test_gradients_pass_again_when_the_mask_is_removed(mlp, points, cross_entrop
     mlp.zero_grad()
     cross_entropy(mlp, points[0]).backward()
     assert mlp[0].weight.grad[~frozen.masks["0.weight"]].ne(0).any()
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_momentum_from_before_the_pruning_moves_no_pruned_weight(mlp, points, cross_entropy, make):
+    optimizer = make(mlp.parameters())
+
+    def train():
+        for batch in points:
+            optimizer.zero_grad()
+            cross_entropy(mlp, batch).backward()
+            optimizer.step()
+
+    train()
+    masks = prune_(mlp, options=MagnitudeOptions())
+    frozen = freeze_mask_(mlp, masks, optimizer=optimizer)
+    train()
+    for name, mask in masks.items():
+        assert torch.equal(mlp.get_parameter(name) != 0, mask.kept)
+    frozen.remove()
+    train()
+    assert frozen.remask_() > 0
+
+
+def test_a_parameter_that_is_unfrozen_later_keeps_its_zeros(mlp, points, cross_entropy):
+    masks = prune_(mlp, options=MagnitudeOptions())
+    mlp[0].weight.requires_grad_(False)
+    freeze_mask_(mlp, masks)
+    assert not mlp[0].weight.requires_grad
+    assert mlp[2].weight.requires_grad
+    mlp[0].weight.requires_grad_(True)
+    before = mlp[0].weight.detach().clone()
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
+    cross_entropy(mlp, points[0]).backward()
+    optimizer.step()
+    assert torch.equal(mlp[0].weight != 0, masks["0.weight"].kept)
+    assert not torch.equal(mlp[0].weight, before)
+
+
+def test_masks_follow_gradients_to_their_device_once(mlp, points):
+    """Of other devices a machine without accelerator has only `meta`."""
+    masks = {name: mask.kept for name, mask in prune_(mlp, options=MagnitudeOptions()).items()}
+    mlp.to("meta")
+    frozen = FrozenMask(mlp, masks)
+    mlp(points[0][0].to("meta")).sum().backward()
+    moved = frozen.masks["0.weight"]
+    assert moved.device.type == mlp[0].weight.grad.device.type == "meta"
+    mlp.zero_grad()
+    mlp(points[0][0].to("meta")).sum().backward()
+    assert frozen.masks["0.weight"] is moved
+
+
+@pytest.mark.gpu
+def test_a_model_that_goes_to_the_gpu_after_the_freezing_keeps_its_zeros(mlp, points, cross_entropy):
+    masks = prune_(mlp, options=MagnitudeOptions())
+    freeze_mask_(mlp, masks)
+    mlp.cuda()
+    optimizer = torch.optim.AdamW(mlp.parameters(), lr=0.01)
+    cross_entropy(mlp, [part.cuda() for part in points[0]]).backward()
+    optimizer.step()
+    for name, mask in masks.items():
+        assert torch.equal(mlp.get_parameter(name).cpu() != 0, mask.kept)
 
 
 def test_a_merged_adapter_is_masked_again(build):

@@ -5,12 +5,23 @@ import math
 import warnings
 from itertools import combinations, product
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from weightsmith.compression.nm import MaskProConfig, MaskProPruner, nm_mask, nm_score, sample_nm
+from weightsmith.compression.nm import (
+    Mask,
+    MaskProConfig,
+    MaskProPruner,
+    Pattern,
+    nm_mask,
+    nm_score,
+    sample_nm,
+    write_masks,
+)
 from weightsmith.compression.nm import groups as pieces
+from weightsmith.compression.nm.batches import batch_key
 from weightsmith.compression.nm.learner import Learner, first_logits
 from weightsmith.compression.nm.masks import codes_of_mask
 from weightsmith.compression.nm.state import State
@@ -380,6 +391,169 @@ def test_a_finished_run_may_be_made_longer(mlp, points, cross_entropy, tmp_path)
     same_state(longer, at_once)
 
 
+def test_an_error_or_ctrl_c_saves_the_last_whole_step(mlp, points, cross_entropy, tmp_path):
+    config = short(steps=20, samples_per_step=2)
+    undisturbed = MaskProPruner(mlp, config, loss_fn=cross_entropy)
+    undisturbed.fit(points)
+    for number, problem in enumerate((KeyboardInterrupt, RuntimeError)):
+        calls = iter(range(16))  # 3 of the reference, so the second mask of step 7 is being tried
+
+        def dies(model, batch, calls=calls, problem=problem):
+            if next(calls, None) is None:
+                raise problem
+            return cross_entropy(model, batch)
+
+        work = tmp_path / str(number)
+        with pytest.raises(problem):
+            MaskProPruner(mlp, config, loss_fn=dies).fit(points, work=work)
+        again = MaskProPruner(mlp, config, loss_fn=cross_entropy).load(work / "maskpro.safetensors")
+        assert again._state.step == 6
+        again.fit(points)
+        same_state(undisturbed, again)
+
+
+def test_an_error_in_the_first_step_leaves_no_state_that_other_options_would_meet(
+    mlp, points, cross_entropy, tmp_path
+):
+    for options in ({"lr": 2.0}, {"lr": 3.0}):
+        with pytest.raises(InputError, match="the reference mask gives a loss of nan"):
+            MaskProPruner(mlp, short(**options), loss_fn=lambda model, batch: math.nan).fit(
+                points, work=tmp_path
+            )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_that_is_half_taken_is_not_saved(mlp, points, cross_entropy, tmp_path, monkeypatch):
+    config = short(steps=8)
+    undisturbed = MaskProPruner(mlp, config, loss_fn=cross_entropy)
+    undisturbed.fit(points)
+    move = Learner.move
+
+    def dies(learner, step, factors):
+        move(learner, step, factors)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    pruner = MaskProPruner(mlp, config, loss_fn=cross_entropy)
+    monkeypatch.setattr(Learner, "move", dies)
+    with pytest.raises(KeyboardInterrupt):
+        pruner.fit(points, work=tmp_path, save_every=3)
+    monkeypatch.setattr(Learner, "move", move)
+    with pytest.raises(InputError, match="there are no masks yet"):
+        pruner.masks()
+    assert MaskProPruner(mlp, config).load(tmp_path / "maskpro.safetensors")._state.step == 3
+    pruner.fit(points, work=tmp_path)
+    same_state(undisturbed, pruner)
+
+
+def test_the_state_of_a_run_on_other_data_is_refused(mlp, points, cross_entropy, tmp_path):
+    def fit(batches, **options):
+        return MaskProPruner(mlp, short(**options), loss_fn=cross_entropy).fit(batches, work=tmp_path)
+
+    for options in ({}, {"reference": "online"}, {"estimator": "loss"}):
+        (tmp_path / "maskpro.safetensors").unlink(missing_ok=True)
+        fit(points, **options)
+        with pytest.raises(InputError, match=r"other data: 3 batches \w+ then, 2 batches \w+ now; give the"):
+            fit(points[:2], **options)
+        other = [(inputs.clone().index_fill_(0, torch.tensor(3), 0.5), labels) for inputs, labels in points]
+        for batches in (other, points[::-1]):
+            with pytest.raises(InputError, match=r"maskpro\.safetensors: is of a run on other data"):
+                fit(batches, **options)
+        assert fit(points, **options | {"steps": 14}).steps == 14
+
+
+def test_a_state_that_was_refused_leaves_the_run_free_for_another_folder(
+    mlp, points, cross_entropy, tmp_path
+):
+    MaskProPruner(mlp, short(), loss_fn=cross_entropy).fit(points, work=tmp_path)
+    pruner = MaskProPruner(mlp, short(), loss_fn=cross_entropy)
+    with pytest.raises(InputError, match="other data"):
+        pruner.fit(points[:2], work=tmp_path)
+    assert pruner.fit(points[:2], work=tmp_path / "other").steps == 12
+
+
+def test_the_state_of_a_run_with_other_first_masks_is_refused(mlp, points, cross_entropy, tmp_path):
+    def fit(masks, **options):
+        pruner = MaskProPruner(mlp, short(**options), loss_fn=cross_entropy, masks=masks)
+        return pruner.fit(points, work=tmp_path)
+
+    magnitude = {f"{k}.weight": nm_mask(mlp[k].weight.detach().abs()) for k in (0, 2, 4)}
+    other = magnitude | {"2.weight": nm_mask(noise(16, 16))}
+    fit(other)
+    with pytest.raises(InputError, match=r"other first masks: \d+ of 112 groups differ .* most in 2\.weight"):
+        fit(magnitude)
+    with pytest.raises(InputError, match="was given its first masks, this one finds them by `init`"):
+        fit(None)
+    assert fit(other, steps=14).steps == 14
+
+
+def test_a_file_of_first_masks_that_has_changed_is_refused(mlp, points, cross_entropy, tmp_path):
+    def fit(score):
+        masks = {
+            f"{k}.weight": Mask(nm_mask(score(mlp[k].weight.detach())), Pattern(2, 4), 1) for k in (0, 2, 4)
+        }
+        write_masks(tmp_path / "masks", masks)
+        config = short(init=str(tmp_path / "masks"))
+        return MaskProPruner(mlp, config, loss_fn=cross_entropy).fit(points, work=tmp_path)
+
+    fit(torch.abs)
+    with pytest.raises(InputError, match="of a run with other first masks"):
+        fit(torch.neg)
+
+
+def test_the_state_of_a_longer_run_is_refused(mlp, points, cross_entropy, tmp_path):
+    MaskProPruner(mlp, short(steps=12), loss_fn=cross_entropy).fit(points, work=tmp_path)
+    with pytest.raises(InputError, match="of a run that did 12 steps, this one has 10; give as many"):
+        MaskProPruner(mlp, short(steps=10), loss_fn=cross_entropy).fit(points, work=tmp_path)
+
+
+def test_batches_that_come_only_once_are_refused_before_the_first_step(mlp, points, cross_entropy):
+    def never(model, batch):
+        raise AssertionError
+
+    for batches in (iter(points), (batch for batch in points)):
+        with pytest.raises(InputError, match=r"again and again, a \w+ gives them once; give a DataLoader"):
+            MaskProPruner(mlp, short(steps=1), loss_fn=never).fit(batches)
+
+
+@pytest.mark.parametrize("estimator", ["baseline", "loss", "tracked"])
+def test_the_first_mask_itself_may_be_what_the_first_step_tries(mlp, points, cross_entropy, estimator):
+    config = short(first_mask="init", estimator=estimator, steps=1, alpha=0.75)
+    pruner = MaskProPruner(mlp, config, loss_fn=cross_entropy)
+    report = pruner.fit(points[:1])
+    assert report.losses == (report.first_loss,)
+    assert pruner._state.tracker == (0.0 if estimator == "tracked" else 0.25 * report.first_loss)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (np.arange(5000.0), np.where(np.arange(5000) == 2500, -1.0, np.arange(5000.0))),
+        ([1, [2]], [[1], 2]),
+        ({"a": "bc"}, {"ab": "c"}),
+        ({"a": None}, {"a": 0}),
+        (np.float32(1), np.float64(1)),
+    ],
+)
+def test_batches_of_other_content_have_other_keys(one, other):
+    assert batch_key(one) == batch_key(one)
+    assert batch_key(one) != batch_key(other)
+
+
+def test_batches_whose_content_cannot_be_read_need_no_cache(mlp, points, cross_entropy):
+    class Graph:
+        def __init__(self, points):
+            self.points = points
+
+    def loss(model, batch):
+        return cross_entropy(model, batch.points)
+
+    graphs = [Graph(batch) for batch in points]
+    with pytest.raises(InputError, match=r"that of a Graph can't be read; .* set `reference: online`"):
+        MaskProPruner(mlp, short(), loss_fn=loss).fit(graphs)
+    assert MaskProPruner(mlp, short(reference="online"), loss_fn=loss).fit(graphs).steps == 12
+
+
 def test_a_state_of_other_options_weights_or_none_is_refused(mlp, points, cross_entropy, tmp_path):
     MaskProPruner(mlp, short(), loss_fn=cross_entropy).fit(points, work=tmp_path)
     with pytest.raises(InputError, match=r"of a run with other options: lr 2\.0 then, 3\.0 now"):
@@ -427,8 +601,8 @@ def test_cached_and_online_references_agree_in_any_order_of_batches(mlp, points,
 def test_batches_that_were_in_no_pass_before_are_refused_unless_online(mlp, points, cross_entropy):
     class Grows(Shuffled):
         def __iter__(self):
-            self.passes += 1
-            return iter(self.batches[:2] if self.passes == 1 else self.batches)
+            self.passes += 1  # the first tells the data apart, the second is the first of the run
+            return iter(self.batches[:2] if self.passes <= 2 else self.batches)
 
     with pytest.raises(InputError, match="batch 3 of this pass was in no pass before"):
         MaskProPruner(mlp, short(), loss_fn=cross_entropy).fit(Grows(points))

@@ -11,6 +11,7 @@ from weightsmith.compression.nm import (
     MaskProConfig,
     RIAOptions,
     SparseGPTOptions,
+    SparseSwapsOptions,
     WandaOptions,
     magnitude_scores,
     nm_mask,
@@ -109,6 +110,30 @@ def test_sparsegpt_is_the_published_loop(n, m, block_size):
     assert found.weight[~found.mask].eq(0).all()
 
 
+@pytest.mark.parametrize(("pattern", "size"), [("3:6", 126), ("2:4", 128), ("1:3", 126)])
+def test_the_blocks_of_sparsegpt_are_whole_groups_by_default(pattern, size):
+    n, m = map(int, pattern.split(":"))
+    weight, inputs = noise(4, 252), noise(300, 252, seed=1)
+    squares = inputs.t() @ inputs
+    found = sparsegpt_prune(weight, squares, n, m)
+    assert torch.equal(found.weight, sparsegpt_prune(weight, squares, n, m, block_size=size).weight)
+    model = nn.Sequential(nn.Linear(252, 4)).eval()
+    masks = prune_(model, [inputs], SparseGPTOptions(pattern=pattern))
+    assert masks["0.weight"].kept.sum() == 4 * 252 * n // m
+    with pytest.raises(InputError, match=r"block_size must be a multiple of 3, got 128"):
+        SparseGPTOptions(pattern="1:3", block_size=128)
+
+
+def test_maskpro_begins_with_sparsegpt_for_groups_that_do_not_divide_its_block():
+    from weightsmith.compression.nm import MaskProPruner
+
+    layer, x = nn.Linear(12, 4).eval(), noise(30, 12)
+    config = MaskProConfig(pattern="3:6", init="sparsegpt", steps=1)
+    pruner = MaskProPruner(layer, config, loss_fn=lambda model, batch: model(batch).square().mean())
+    pruner.fit([x])
+    assert pruner.masks()["weight"].kept.sum() == 24
+
+
 def test_sparsegpt_of_unrelated_even_inputs_is_magnitude():
     weight = noise(6, 32)
     found = sparsegpt_prune(weight, 3.0 * torch.eye(32))
@@ -139,6 +164,13 @@ def test_sparsegpt_refuses_sizes_and_statistics_that_do_not_fit():
         sparsegpt_prune(weight, torch.eye(4))
     with pytest.raises(InputError, match="no positive matrix, even with damp"):
         sparsegpt_prune(weight, -torch.eye(8))
+    squares = torch.eye(8)
+    squares[3] = torch.inf
+    with pytest.raises(InputError, match="q_proj: 8 of 64 statistics of its inputs are NaN or infinite"):
+        sparsegpt_prune(weight, squares, name="q_proj")
+    weight[2, 3] = torch.nan
+    with pytest.raises(InputError, match="q_proj: 1 of 32 weights are NaN or infinite"):
+        sparsegpt_prune(weight, torch.eye(8), name="q_proj")
 
 
 def reference_wanda(model, batches, pattern=(2, 4)):
@@ -319,3 +351,31 @@ def test_what_has_no_inputs_to_measure_is_refused(build, tokens, mlp):
         prune_(Unused().eval(), [noise(4, 8)], WandaOptions())
     with pytest.raises(InputError, match="MaskPro learns in steps"):
         prune_(mlp, [], MaskProConfig())
+
+
+ALL = [MagnitudeOptions(), WandaOptions(), RIAOptions(), SparseGPTOptions(), SparseSwapsOptions()]
+
+
+@pytest.mark.parametrize("options", ALL, ids=lambda options: options.kind)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused_by_their_own_name(build, tokens, options, value):
+    model = build("llama")
+    name = "model.layers.0.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[3, 5:7] = value
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    with pytest.raises(InputError, match=rf"^{name}: 2 of 384 weights are NaN or infinite"):
+        prune_(model, tokens, options)
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter.nan_to_num(7.0), before[key].nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("options", ALL[1:], ids=lambda options: options.kind)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e20])
+def test_inputs_whose_squares_are_not_finite_are_refused(mlp, options, value):
+    batch = noise(20, 8)
+    batch[4, 2] = value  # 1e20 is finite, its square is not
+    before = mlp[0].weight.detach().clone()
+    with pytest.raises(InputError, match=r"^0\.weight: 1 of 8 norms of its inputs .* are NaN or infinite"):
+        prune_(nn.Sequential(mlp[0]).eval(), [batch], options)
+    assert torch.equal(mlp[0].weight, before)

@@ -138,8 +138,8 @@ def test_maskpro_begins_with_it(mlp, points):
     [
         ({"mask": torch.ones(6, 20, dtype=torch.bool)}, r"a mask of \[6, 20\]"),
         ({"hessian": torch.eye(20)}, r"statistics of \[20, 20\]"),
-        ({"hessian": torch.full((24, 24), torch.nan)}, "q_proj: a weight or a statistic"),
-        ({"weight": torch.full((6, 24), torch.inf)}, "q_proj: a weight or a statistic"),
+        ({"hessian": torch.full((24, 24), torch.nan)}, "q_proj: 576 of 576 statistics of its inputs are NaN"),
+        ({"weight": torch.full((6, 24), torch.inf)}, "q_proj: 144 of 144 weights are NaN or infinite"),
         ({"m": 5}, r"24 inputs \(axis 1 of \[6, 24\]\) don't divide into groups of 5"),
     ],
 )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -58,22 +59,64 @@ def causal_loss(model: nn.Module, batch: Batch) -> Any:
 
 
 def batch_key(batch: Batch) -> str:
-    """Stands for the content of a batch."""
+    """Stands for the content of a batch.
+
+    Raises:
+        InputError: a part of it is of a type whose content can't be read.
+    """
     digest = hashlib.blake2b(digest_size=12)
-    _feed(digest, batch)
+    for piece in _pieces(batch):
+        if isinstance(piece, type):
+            raise InputError(
+                f"reference: cached: batches are known by their content, that of a {piece.__name__} can't be "
+                "read; make them of tensors, arrays, numbers and strings, or set `reference: online`"
+            )
+        digest.update(piece)
     return digest.hexdigest()
 
 
-def _feed(digest: Any, value: Any) -> None:
+def data_digest(batches: Iterable[Batch]) -> str:
+    """Stands for the content and the order of all batches; of what can't be read, for the type alone.
+
+    Raises:
+        InputError: there are none, or they can be gone through only once.
+    """
+    if isinstance(batches, Iterator):
+        raise InputError(
+            f"batches are gone through again and again, a {type(batches).__name__} gives them once; give a "
+            "DataLoader or a list"
+        )
+    digest, count = hashlib.blake2b(digest_size=12), 0
+    for batch in batches:
+        count += 1
+        for piece in _pieces(batch):
+            digest.update(piece.__name__.encode() if isinstance(piece, type) else piece)
+    if not count:
+        raise InputError("no batches: give a DataLoader or a list")
+    return f"{count} {'batch' if count == 1 else 'batches'} {digest.hexdigest()}"
+
+
+def _pieces(value: Any) -> Iterator[Any]:
+    """The content of a batch as bytes; in place of what can't be read its type.
+
+    Lengths and types come first, so that no two batches have the same bytes.
+    """
     if isinstance(value, Tensor):
-        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        yield f"tensor {value.dtype} {tuple(value.shape)} ".encode()
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    elif isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        yield f"array {value.dtype} {value.shape} ".encode()
+        yield value.tobytes()
     elif isinstance(value, Mapping):
+        yield f"mapping {len(value)} ".encode()
         for name in sorted(value):
-            digest.update(str(name).encode())
-            _feed(digest, value[name])
+            yield f"{name!r} ".encode()
+            yield from _pieces(value[name])
     elif isinstance(value, tuple | list):
+        yield f"sequence {len(value)} ".encode()
         for part in value:
-            _feed(digest, part)
+            yield from _pieces(part)
+    elif value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        yield f"{type(value).__name__} {value!r} ".encode()
     else:
-        digest.update(repr(value).encode())
+        yield type(value)

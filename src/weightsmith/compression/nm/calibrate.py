@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.compression.nm.batches import Batch, call, to_device
+from weightsmith.compression.nm.masks import expect_finite
 from weightsmith.compression.nm.targets import Target
 from weightsmith.errors import InputError
 from weightsmith.runs.progress import SILENT, Progress
@@ -84,7 +85,8 @@ def calibrate(
         progress: Told about blocks.
 
     Raises:
-        InputError: no batches; a target whose inputs no hook can see, or that got none.
+        InputError: no batches; a target whose inputs no hook can see, that got none, or whose inputs' squares
+            don't add up to finite numbers.
     """
     kept = [to_device(batch, next(model.parameters()).device) for batch in batches]
     if not kept:
@@ -266,6 +268,9 @@ def _measure_and_prune(
                 f"{target.name}: its layer got no inputs in calibration; ignore it, prune it by magnitude, "
                 "or give more data"
             )
+        # A finite diagonal bounds all other sums of products.
+        expect_finite(target.name, found[target.name].norms, "norms of its inputs over the calibration data")
+    for target in targets:
         prune(target, found[target.name])
 
 

@@ -36,7 +36,7 @@ from weightsmith.compression.nm.packed import check_targets
 from weightsmith.compression.nm.semi_structured import sparse_library
 from weightsmith.compression.nm.targets import find_targets
 from weightsmith.compression.nm.write import write_pruned
-from weightsmith.errors import CheckpointError
+from weightsmith.errors import CheckpointError, InputError
 from weightsmith.runs.progress import SILENT, Progress
 
 
@@ -55,6 +55,7 @@ class PruneReport:
         seconds: Time taken, writing included.
         losses: With MaskPro the mean loss on the calibration batches, by name: of the `dense` model, of
             one-shot masks, of the `first` mask and of the final one (`maskpro`).
+        absent: Why a one-shot mask is not among them, by name.
         learning: What MaskPro did; None for one-shot methods.
         packed_by: Library that the matrices were also packed for; None where they were not.
     """
@@ -67,14 +68,15 @@ class PruneReport:
     layers: Mapping[str, Mapping[str, Any]]
     seconds: float
     losses: Mapping[str, float] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
     learning: MaskProReport | None = None
     packed_by: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for the record of a run; without the path."""
+        """Plain values, for the record of a run; without the path. Numbers that are not finite are None."""
         facts = dataclasses.asdict(self)
         del facts["path"]
-        return facts
+        return _plain(facts)
 
 
 def prune_checkpoint(
@@ -124,13 +126,10 @@ def prune_checkpoint(
             check_targets(find_targets(model, options), checkpoint, options)
     learning: MaskProReport | None = None
     losses: dict[str, float] = {}
+    absent: dict[str, str] = {}
     if isinstance(options, MaskProConfig):
         pruner = MaskProPruner(model, options)
         learning = pruner.fit(batches, work=work, progress=progress)
-        losses = _losses(model, batches, options) | {
-            "first": learning.first_loss,
-            "maskpro": learning.final_loss,
-        }
         masks = pruner.masks()
     else:
         masks = prune_(model, batches, options, progress=progress)
@@ -150,6 +149,10 @@ def prune_checkpoint(
         )
         layers = _layers(checkpoint, masks, learning)
         total = sum(info.numel for info in checkpoint.tensors.values())
+    if learning is not None:
+        # Only now: what was learnt is safe, and comparing takes as long as pruning by all these ways.
+        losses, absent = _losses(model, batches, options, progress)
+        losses |= {"first": learning.first_loss, "maskpro": learning.final_loss}
     return PruneReport(
         path=Path(out),
         method=options.kind,
@@ -159,6 +162,7 @@ def prune_checkpoint(
         layers=layers,
         seconds=time.perf_counter() - begun,
         losses=losses,
+        absent=absent,
         learning=learning,
         packed_by=library,
     )
@@ -176,9 +180,12 @@ def _changed(options: NMOptions) -> dict[str, Any]:
 
 @torch.no_grad()
 def _losses(
-    model: nn.Module, batches: Sequence[Mapping[str, Any]], options: MaskProConfig
-) -> dict[str, float]:
-    """What MaskPro is compared with: mean loss of the dense model and of one-shot masks, on its batches."""
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], options: NMOptions, progress: Progress
+) -> tuple[dict[str, float], dict[str, str]]:
+    """What MaskPro is compared with: mean loss of the dense model and of one-shot masks, on its batches.
+
+    And why a mask is left out, where a method can't prune what MaskPro can.
+    """
     targets = find_targets(model, options)
     device = targets[0].parameter.device
 
@@ -187,20 +194,30 @@ def _losses(
         return math.fsum(each) / len(each)
 
     shared = {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(NMOptions)}
-    m = options.nm.m
-    ways = [MagnitudeOptions(**shared)]
-    if all(target.modules for target in targets):  # no one sees the inputs of stacked experts
-        ways += [
-            WandaOptions(**shared),
-            SparseSwapsOptions(**shared),
-            SparseGPTOptions(**shared, block_size=128 // m * m),
-        ]
+    ways = (MagnitudeOptions, WandaOptions, SparseSwapsOptions, SparseGPTOptions)
+    absent: dict[str, str] = {}
+    progress.start("comparing", 1 + len(ways), "masks")
     found = {"dense": mean()}
+    progress.advance(1)
     for way in ways:
         with unchanged(targets):
-            one_shot(model, targets, batches, way)
-            found[way.kind] = mean()
-    return found
+            try:
+                one_shot(model, targets, batches, way(**shared))
+                found[way.kind] = mean()
+            except InputError as problem:
+                absent[way.kind] = str(problem)
+        progress.advance(1)
+    progress.done()
+    return found, absent
+
+
+def _plain(value: Any) -> Any:
+    """The same without NaN and infinities, which JSON doesn't have."""
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _layers(

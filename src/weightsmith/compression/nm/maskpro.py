@@ -23,15 +23,16 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from weightsmith.compression.nm.batches import Batch, batch_key, causal_loss, to_device
+from weightsmith.compression.nm.batches import Batch, batch_key, causal_loss, data_digest, to_device
 from weightsmith.compression.nm.files import codes_from, read_masks
 from weightsmith.compression.nm.learner import Learner, first_logits
 from weightsmith.compression.nm.masked import MaskedWeights, mask_of, masked
@@ -39,7 +40,7 @@ from weightsmith.compression.nm.oneshot import Mask, Masks, evaluating, masks_of
 from weightsmith.compression.nm.options import KINDS, MaskProConfig
 from weightsmith.compression.nm.state import STATE_FILE, State, weights_digest
 from weightsmith.compression.nm.targets import find_targets
-from weightsmith.errors import InputError
+from weightsmith.errors import InputError, SystemFault
 from weightsmith.runs.progress import SILENT, Progress
 
 LossFn = Callable[[nn.Module, Batch], Any]
@@ -118,7 +119,9 @@ class MaskProPruner:
         self._weights = weights_digest(self._targets)
         self._state: State | None = None
         self._learner: Learner | None = None
+        self._file: Path | None = None  # that the state came from, until `fit` has compared the run with it
         self._warned = False
+        self._whole = True  # whether the state is that between two steps
 
     @torch.no_grad()
     def fit(
@@ -133,15 +136,18 @@ class MaskProPruner:
 
         Args:
             batches: A DataLoader or a list, gone through again and again; in the same batches with
-                `reference: cached`, in any order.
+                `reference: cached`, in any order. A state from a file goes on with the batches that it was
+                made with, in a first pass of the same order: let what shuffles begin from a seed.
             work: Folder for the state; a run that was killed goes on from it to the same bits.
             save_every: Steps between two saves; by default half a minute lies between them, or twenty times
-                what a save takes.
+                what a save takes. An error or Ctrl-C saves the last step as well, unless it comes while the
+                logits move.
             progress: Told about steps.
 
         Raises:
-            InputError: one of several processes; no batches; batches that are not those of before; a loss
-                that is not finite, of the first mask or of more than 5 % of the last 200 steps.
+            InputError: one of several processes; no batches, or an iterator; batches that are not those of
+                before, or whose content can't be read where it must; a state of another run; a loss that is
+                not finite, of the first mask or of more than 5 % of the last 200 steps.
             SystemFault: the state can't be saved.
         """
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -150,26 +156,31 @@ class MaskProPruner:
                 "of its own batches and learn other masks"
             )
         file = None if work is None else Path(work) / STATE_FILE
+        data = data_digest(batches)
         with evaluating(self.model):
             if self._state is None and file is not None and file.is_file():
-                self.load(file)
+                found = State.load(file, self.config, self._targets, self._weights)
+                self._compare(found, file, data)
+                self._take(found)
+            elif self._file is not None:
+                self._compare(self._running()[0], self._file, data)
+                self._file = None
             if self._state is None:
-                self._begin(batches)
-            state, learner = self._running()
+                self._begin(batches, data)
+            state, _ = self._running()
+            state.data = data
             progress.start("maskpro", self.config.steps, "steps")
             progress.advance(state.step)
             with MaskedWeights(self._targets, state.reference, self.config.nm.m) as weights:
-                taken = _again_and_again(batches, state)
-                due = time.monotonic() + _SAVE_SECONDS
-                while state.step < self.config.steps:
-                    self._step(state, learner, weights, next(taken))
-                    progress.advance(1)
-                    now = time.monotonic()
-                    asked = now >= due if save_every is None else state.step % save_every == 0
-                    if file is not None and (asked or state.step == self.config.steps):
-                        state.save(file, self.config, self._weights)
-                        took = time.monotonic() - now
-                        due = now + took + max(_SAVE_SECONDS, _SAVE_SHARE * took)
+                try:
+                    self._run(batches, weights, file, save_every, progress)
+                except BaseException:
+                    if not self._whole:
+                        self._state = self._learner = None
+                    elif file is not None and state.step:
+                        with suppress(SystemFault):  # what ended the run is what has to be told
+                            state.save(file, self.config, self._weights)
+                    raise
                 report = self._report(state, weights, batches)
             progress.done()
         return report
@@ -209,9 +220,11 @@ class MaskProPruner:
 
         Raises:
             CheckpointError: it is damaged.
-            InputError: it is of other weights or options.
+            InputError: it is of other weights or options, or of more steps. `fit` compares data and first
+                masks.
         """
         self._take(State.load(Path(path), self.config, self._targets, self._weights))
+        self._file = Path(path)
         return self
 
     def _running(self) -> tuple[State, Learner]:
@@ -220,7 +233,7 @@ class MaskProPruner:
         return self._state, self._learner
 
     def _take(self, state: State) -> None:
-        self._state = state
+        self._state, self._whole = state, True
         self._learner = Learner(state.logits, self.config, state.spread)
 
     def _chosen(self) -> dict[str, Tensor]:
@@ -229,12 +242,25 @@ class MaskProPruner:
             return learner.likeliest()
         return learner.accepted(state.first, state.scale, self.config.certainty)
 
-    def _begin(self, batches: Iterable[Batch]) -> None:
+    def _given(self) -> tuple[dict[str, Tensor], int] | None:
+        """First masks from elsewhere, and how many of their groups had to be completed."""
+        config, masks = self.config, self._first
+        if masks is None and (config.init not in KINDS or config.init == config.kind):
+            masks = read_masks(config.init)
+        if masks is None:
+            return None
+        return codes_from(masks, self._targets, config.nm, repair=config.repair)
+
+    def _compare(self, state: State, path: Path, data: str) -> None:
+        given = self._given()
+        state.check_run(path, data, None if given is None else given[0])
+
+    def _begin(self, batches: Iterable[Batch], data: str) -> None:
         """The first masks and their logits."""
         config, repaired = self.config, 0
-        if self._first is not None or config.init not in KINDS or config.init == config.kind:
-            given = self._first if self._first is not None else read_masks(config.init)
-            codes, repaired = codes_from(given, self._targets, config.nm, repair=config.repair)
+        given = self._given()
+        if given is not None:
+            codes, repaired = given
         else:
             shared = {name: getattr(config, name) for name in ("pattern", "targets", "ignore", "experts")}
             options = KINDS[config.init](**shared, remainder=config.remainder)
@@ -245,77 +271,120 @@ class MaskProPruner:
         logits = first_logits(codes, config.nm.m, scale)
         kept = {name: code.clone() for name, code in codes.items()}
         spread = {name: torch.zeros_like(rows) for name, rows in logits.items()} if config.certainty else {}
-        self._take(State(logits, codes, kept, scale, lr, repaired=repaired, spread=spread))
+        self._take(
+            State(logits, codes, kept, given is not None, data, scale, lr, repaired=repaired, spread=spread)
+        )
 
-    def _step(self, state: State, learner: Learner, weights: MaskedWeights, batch: Batch) -> None:
+    def _run(
+        self,
+        batches: Iterable[Batch],
+        weights: MaskedWeights,
+        file: Path | None,
+        save_every: int | None,
+        progress: Progress,
+    ) -> None:
+        """The steps that are left, and a save every now and then."""
+        state, learner = self._running()
+        taken = _again_and_again(batches, state)
+        due = time.monotonic() + _SAVE_SECONDS
+        while state.step < self.config.steps:
+            turn = next(taken)
+            reference, residuals = self._try(state, learner, weights, turn)
+            self._step(state, learner, turn, reference, residuals)
+            progress.advance(1)
+            now = time.monotonic()
+            asked = now >= due if save_every is None else state.step % save_every == 0
+            if file is not None and (asked or state.step == self.config.steps):
+                state.save(file, self.config, self._weights)
+                took = time.monotonic() - now
+                due = now + took + max(_SAVE_SECONDS, _SAVE_SHARE * took)
+
+    def _try(
+        self, state: State, learner: Learner, weights: MaskedWeights, turn: _Turn
+    ) -> tuple[float, list[float]]:
+        """The reference's loss on a batch, and what the masks of the next step differ from it by."""
         config, step = self.config, state.step + 1
-        reference = self._reference(state, weights, batch)
+        reference = self._reference(state, weights, turn)
         if config.first_mask == "init" and step == 1:
-            residuals = [0.0]
-        else:
-            residuals = []
-            for sample in range(config.samples_per_step):
-                _show(weights, learner.draw(step, sample))
-                residuals.append(self._loss(batch) - reference)
-        state.step = step
+            _show(weights, state.first)
+            return reference, [self._loss(turn.batch) - reference]
+        residuals = []
+        for sample in range(config.samples_per_step):
+            _show(weights, learner.draw(step, sample))
+            residuals.append(self._loss(turn.batch) - reference)
+        return reference, residuals
+
+    def _step(
+        self, state: State, learner: Learner, turn: _Turn, reference: float, residuals: list[float]
+    ) -> None:
+        """Learn from what was tried. All that may fail comes before the first change of the state."""
+        config, step = self.config, state.step + 1
         mean = math.fsum(residuals) / len(residuals)
-        state.losses.append(mean + reference)
-        state.residuals.append(mean)
-        if not math.isfinite(mean):
-            state.skipped.append(step)
-            if sum(step - _WINDOW < at for at in state.skipped) > _MOST_SKIPPED:
+        finite = math.isfinite(mean)
+        lr, measured, factors = state.lr, state.measured, []
+        if not finite:
+            if sum(step - _WINDOW < at for at in state.skipped) >= _MOST_SKIPPED:
                 raise InputError(
                     f"more than {_MOST_SKIPPED} of the last {_WINDOW} steps had a loss that is not finite, "
                     f"the last was step {step}; a smaller change_rate or a larger init_scale keeps masks "
                     "nearer to the first"
                 )
-            return
-        if state.lr is None:
-            self._measure(state, residuals)
+        elif lr is None:
+            lr, measured = self._measure(state, residuals)
         elif not (config.first_mask == "init" and step == 1):
             baseline = state.tracker if config.estimator in ("tracked", "baseline") else 0.0
-            factors = [-state.lr * (residual - baseline) for residual in residuals]
-            self._warn_of_large_moves(state.lr, factors)
-            learner.move(step, factors)
-        state.tracker = config.alpha * state.tracker + (1 - config.alpha) * mean
-        self._refresh(state, mean + reference, reference)
+            factors = [-lr * (residual - baseline) for residual in residuals]
+            self._warn_of_large_moves(lr, factors)
+        self._whole = False
+        state.step, state.position, state.passed = step, turn.position, turn.passed
+        state.losses.append(mean + reference)
+        state.residuals.append(mean)
+        if finite:
+            state.lr, state.measured = lr, measured
+            if factors:
+                learner.move(step, factors)
+            state.tracker = config.alpha * state.tracker + (1 - config.alpha) * mean
+            self._refresh(state, mean + reference, reference)
+        else:
+            state.skipped.append(step)
+        self._whole = True
 
-    def _measure(self, state: State, residuals: list[float]) -> None:
-        """Spread of the residuals (Welford); the rate, once enough were seen."""
+    def _measure(self, state: State, residuals: list[float]) -> tuple[float | None, tuple[int, float, float]]:
+        """The rate, once enough residuals were seen, and what is known of their spread (Welford)."""
         count, mean, squares = state.measured
         for residual in residuals:
             count += 1
             gap = residual - mean
             mean += gap / count
             squares += gap * (residual - mean)
-        state.measured = (count, mean, squares)
-        if state.step - len(state.skipped) >= self.config.warmup:
-            spread = math.sqrt(squares / (count - 1))
-            if spread == 0:
-                raise InputError(
-                    f"lr: auto: no mask of {state.step} steps changed the loss; raise change_rate, or lower "
-                    f"init_scale, which is {state.scale:.3g}"
-                )
-            state.lr = _SHARE_OF_STD / spread
+        if state.step + 1 - len(state.skipped) < self.config.warmup:
+            return None, (count, mean, squares)
+        spread = math.sqrt(squares / (count - 1))
+        if spread == 0:
+            raise InputError(
+                f"lr: auto: no mask of {state.step + 1} steps changed the loss; raise change_rate, or lower "
+                f"init_scale, which is {state.scale:.3g}"
+            )
+        return _SHARE_OF_STD / spread, (count, mean, squares)
 
-    def _reference(self, state: State, weights: MaskedWeights, batch: Batch) -> float:
+    def _reference(self, state: State, weights: MaskedWeights, turn: _Turn) -> float:
         """Loss of the reference mask on the batch; 0 where no one asks."""
         if not self.config.compares:
             return 0.0
-        key = batch_key(batch) if self.config.reference == "cached" else ""
+        key = batch_key(turn.batch) if self.config.reference == "cached" else ""
         known = state.references.get(key)
         if known is not None:
             return known
-        if key and state.passed and key not in state.references:
+        if key and turn.passed and key not in state.references:
             raise InputError(
-                f"reference: cached: batch {state.position} of this pass was in no pass before; batches must "
+                f"reference: cached: batch {turn.position} of this pass was in no pass before; batches must "
                 "come again as they were (no shuffling of samples, the same number): set `reference: online`"
             )
         _show(weights, state.reference)
-        loss = self._loss(batch)
+        loss = self._loss(turn.batch)
         if not math.isfinite(loss):
             raise InputError(
-                f"the reference mask gives a loss of {loss} on batch {state.position}, before any mask is "
+                f"the reference mask gives a loss of {loss} on batch {turn.position}, before any mask is "
                 "tried"
             )
         if key:
@@ -346,7 +415,7 @@ class MaskProPruner:
             warnings.warn(
                 f"lr {lr:.3g} moves logits by {largest:.3g} in one step, at a residual of {largest / lr:.3g} "
                 'from its mean; `lr="auto"` measures what fits',
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def _loss(self, batch: Batch) -> float:
@@ -391,20 +460,26 @@ def _show(weights: MaskedWeights, codes: Mapping[str, Tensor]) -> None:
         weights.show(name, code)
 
 
-def _again_and_again(batches: Iterable[Batch], state: State) -> Iterator[Batch]:
-    """Batches without end, from where the state is; counts what is taken."""
-    skip = state.position
+class _Turn(NamedTuple):
+    """A batch, where it stands in its pass, and whether all were met before that pass."""
+
+    batch: Batch
+    position: int
+    passed: bool
+
+
+def _again_and_again(batches: Iterable[Batch], state: State) -> Iterator[_Turn]:
+    """Batches without end, from where the state is."""
+    skip, passed = state.position, state.passed
     while True:
         found = 0
         for batch in batches:
             found += 1
-            if found <= skip:
-                continue
-            state.position = found
-            yield batch
+            if found > skip:
+                yield _Turn(batch, found, passed)
         if not found:
-            raise InputError("no batches: give a DataLoader or a list, which can be gone through again")
-        skip, state.position, state.passed = 0, 0, True
+            raise InputError("the batches came once and not again: give a DataLoader or a list")
+        skip, passed = 0, True
 
 
 __all__ = ["MaskProPruner", "MaskProReport"]

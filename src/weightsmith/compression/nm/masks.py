@@ -92,6 +92,13 @@ def codes_of_mask(name: str, mask: Tensor, pattern: Pattern, dim: int) -> Tensor
     return codes
 
 
+def expect_finite(name: str, values: Tensor, what: str = "weights") -> None:
+    """Raise `InputError` where values of a parameter are NaN or infinite; says how many."""
+    wrong = values.numel() - int(values.isfinite().sum())
+    if wrong:
+        raise InputError(f"{name}: {wrong} of {values.numel()} {what} are NaN or infinite")
+
+
 def repair_mask(mask: Tensor, weight: Tensor, n: int = 2, m: int = 4, *, dim: int = -1) -> tuple[Tensor, int]:
     """Complete a mask to exactly `n` of `m`, by the magnitude of the dense weight.
 

@@ -15,7 +15,7 @@ from weightsmith.compression.nm.batches import call
 from weightsmith.compression.nm.calibrate import InputStatistics, calibrate
 from weightsmith.compression.nm.magnitude import magnitude_scores
 from weightsmith.compression.nm.masked import mask_of, masked
-from weightsmith.compression.nm.masks import codes_of_mask, codes_of_scores
+from weightsmith.compression.nm.masks import codes_of_mask, codes_of_scores, expect_finite
 from weightsmith.compression.nm.options import (
     MaskProConfig,
     NMOptions,
@@ -101,7 +101,12 @@ def one_shot(
 
     Returns:
         Their masks as integers, and the rows that each layer saw; none of these without data.
+
+    Raises:
+        InputError: see `prune_`.
     """
+    for target in targets:  # all before the first is measured, whose inputs may come from another
+        expect_finite(target.name, target.parameter)
     codes: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
 

@@ -99,12 +99,13 @@ class SparseGPTOptions(NMOptions):
     """Prune column by column, later columns make up for it.
 
     Attributes:
-        block_size: Columns after which the rest of a matrix is updated at once.
+        block_size: Columns after which the rest of a matrix is updated at once, a multiple of M; None takes
+            128, or the multiple of M below it.
         damp: Share of the mean diagonal that is added to the diagonal.
         update: Keep the updated weights; otherwise only their mask is taken, of the weights as they were.
     """
 
-    block_size: int = 128
+    block_size: int | None = None
     damp: float = 0.01
     update: bool = True
 
@@ -114,8 +115,8 @@ class SparseGPTOptions(NMOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         m = self.nm.m
-        fits = _whole(self.block_size) and self.block_size % m == 0
-        expect("block_size", self.block_size, fits, f"a multiple of {m}")
+        size = self.block_size
+        expect("block_size", size, size is None or (_whole(size) and size % m == 0), f"a multiple of {m}")
         expect("damp", self.damp, 0 <= self.damp < math.inf, "at least 0 and finite")
 
 

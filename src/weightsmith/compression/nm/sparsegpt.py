@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from weightsmith.compression.nm.groups import top_rows
+from weightsmith.compression.nm.masks import expect_finite
 from weightsmith.compression.nm.pattern import Pattern
 from weightsmith.errors import InputError
 
@@ -41,7 +42,7 @@ def sparsegpt_prune(
     n: int = 2,
     m: int = 4,
     *,
-    block_size: int = 128,
+    block_size: int | None = None,
     damp: float = 0.01,
     name: str = "weight",
 ) -> Pruned:
@@ -52,16 +53,20 @@ def sparsegpt_prune(
         hessian: X Xᵀ over the inputs (I, I), any positive multiple of it; left as it is.
         n: Weights kept in each group.
         m: Size of a group; must divide I.
-        block_size: Columns after which the rest of the matrix is updated at once; a multiple of `m`.
+        block_size: Columns after which the rest of the matrix is updated at once, a multiple of `m`; by
+            default 128, or the multiple of `m` below it.
         damp: Share of the mean diagonal that is added to the diagonal.
         name: For messages.
 
     Raises:
-        InputError: sizes that don't fit; statistics that are no positive matrix even when damped.
+        InputError: sizes that don't fit; weights or statistics that are not finite; statistics that are no
+            positive matrix even when damped.
     """
     pattern = Pattern(n, m)
     pattern.groups(name, tuple(weight.shape), 1)
     inputs = weight.shape[1]
+    if block_size is None:
+        block_size = max(1, 128 // m) * m
     if block_size % m:
         raise InputError(f"block_size must be a multiple of {m}, got {block_size}")
     if hessian.shape != (inputs, inputs):
@@ -72,6 +77,8 @@ def sparsegpt_prune(
     # Columns are rows here, so that each step reads and writes memory in order.
     work = torch.empty((inputs, len(weight)), dtype=torch.float32, device=weight.device)
     work.copy_(weight.detach().t())
+    expect_finite(name, work)
+    expect_finite(name, hessian, "statistics of its inputs")
     factor = _factor(hessian.float().clone(), work, damp, name)
     kept = torch.empty(work.shape, dtype=torch.bool, device=work.device)
     for first in range(0, inputs, block_size):

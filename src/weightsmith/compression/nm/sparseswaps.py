@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from weightsmith.compression.nm.masks import expect_finite
 from weightsmith.compression.nm.pattern import Pattern
 from weightsmith.errors import InputError
 
@@ -72,9 +73,9 @@ def sparseswaps_mask(
     # Inputs are rows here, so that each step reads and writes memory in order.
     work = torch.empty((inputs, len(weight)), dtype=torch.float32, device=weight.device)
     work.copy_(weight.detach().t())
+    expect_finite(name, work)
+    expect_finite(name, hessian, "statistics of its inputs")
     hessian = hessian.float()
-    if not (hessian.isfinite().all() and work.isfinite().all()):
-        raise InputError(f"{name}: a weight or a statistic of its inputs is NaN or infinite")
     kept = mask.t().contiguous()
     step = max(1, block_size // m) * m
     for _ in range(sweeps):

@@ -25,7 +25,7 @@ from weightsmith.errors import CheckpointError, InputError
 from weightsmith.runs.atomic import system_faults, write_bytes
 
 STATE_FILE = "maskpro.safetensors"
-FORMAT = 1
+FORMAT = 2
 _MAY_CHANGE = ("steps",)
 _NUMBERS_OF_A_TARGET = 4096
 
@@ -37,6 +37,8 @@ class State:
     Attributes:
         logits: (M, G) by name.
         first: The mask it began with, by name.
+        given: Whether that mask came from elsewhere, not by `config.init` from the weights and the data.
+        data: The `data_digest` of its batches.
         reference: The mask that residuals are taken against, by name.
         spread: Sums of the logits' squared moves, by name; empty where `certainty` is 0.
         scale: Logit of what the first mask keeps.
@@ -58,6 +60,8 @@ class State:
     logits: dict[str, Tensor]
     first: dict[str, Tensor]
     reference: dict[str, Tensor]
+    given: bool
+    data: str
     scale: float
     lr: float | None
     step: int = 0
@@ -102,7 +106,8 @@ class State:
 
         Raises:
             CheckpointError: it is damaged or of another kind.
-            InputError: it is of another model, or of a run with other options; says which.
+            InputError: it is of another model, of a run with other options, or of more steps than
+                `config.steps`; says which.
         """
         try:
             with system_faults(path), safe_open(str(path), framework="pt") as file:
@@ -112,6 +117,11 @@ class State:
                 _check_config(path, facts["config"], config)
                 if facts["weights"] != weights:
                     raise InputError(f"{path}: is of a run on other weights or targets; give another `work`")
+                if facts["state"]["step"] > config.steps:
+                    raise InputError(
+                        f"{path}: is of a run that did {facts['state']['step']} steps, this one has "
+                        f"{config.steps}; give as many steps or more, or another `work`"
+                    )
                 devices = {target.name: target.parameter.device for target in targets}
                 parts: dict[str, Any] = {
                     part: {name: file.get_tensor(f"{part}.{name}").to(devices[name]) for name in devices}
@@ -126,6 +136,36 @@ class State:
         for name in ("measured", "means"):
             plain[name] = tuple(plain[name])
         return cls(**parts, **plain)
+
+    def check_run(self, path: Path, data: str, masks: Mapping[str, Tensor] | None) -> None:
+        """Refuse to go on from a file in a run that began otherwise.
+
+        Args:
+            path: The file, for messages.
+            data: The `data_digest` of the run's batches.
+            masks: The masks that the run is given to begin with, as integers; None where it finds them.
+
+        Raises:
+            InputError: it is of other batches, or began with other masks.
+        """
+        if data != self.data:
+            raise InputError(
+                f"{path}: is of a run on other data: {self.data} then, {data} now; give the same batches in "
+                "the same order, or another `work`"
+            )
+        if masks is None and self.given:
+            raise InputError(
+                f"{path}: is of a run that was given its first masks, this one finds them by `init`; give "
+                "the same masks, or another `work`"
+            )
+        differ = {name: int((codes != self.first[name]).sum()) for name, codes in (masks or {}).items()}
+        if any(differ.values()):
+            name = max(differ, key=lambda key: differ[key])
+            raise InputError(
+                f"{path}: is of a run with other first masks: {sum(differ.values())} of "
+                f"{sum(map(len, self.first.values()))} groups differ from those given now, most in {name}; "
+                "give the same masks, or another `work`"
+            )
 
 
 _BY_NAME = ("logits", "first", "reference", "spread")
@@ -147,4 +187,4 @@ def _check_config(path: Path, before: Mapping[str, Any], config: MaskProConfig) 
     other = [name for name in now if name not in _MAY_CHANGE and now[name] != before.get(name)]
     if other:
         said = ", ".join(f"{name} {before.get(name)!r} then, {now[name]!r} now" for name in other)
-        raise InputError(f"{path}: is of a run with other options: {said}")
+        raise InputError(f"{path}: is of a run with other options: {said}; give another `work`")

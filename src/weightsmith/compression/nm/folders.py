@@ -34,6 +34,7 @@ from weightsmith.compression.nm.options import (
 )
 from weightsmith.compression.nm.packed import check_targets
 from weightsmith.compression.nm.semi_structured import sparse_library
+from weightsmith.compression.nm.stored import stored_parts
 from weightsmith.compression.nm.targets import find_targets
 from weightsmith.compression.nm.write import write_pruned
 from weightsmith.errors import CheckpointError
@@ -107,7 +108,8 @@ def prune_checkpoint(
             device; see `load_semi_structured`.
 
     Raises:
-        CheckpointError: the model can't be read, or `out` exists.
+        CheckpointError: the model can't be read, stores its weights so that no mask fits them (said before
+            anything is computed), or `out` exists.
         InputError: nothing to prune, or what can't be; no data where data are needed; matrices that can't be
             packed, said before anything is computed.
         SystemFault: the disk is full or failed.
@@ -119,9 +121,11 @@ def prune_checkpoint(
         raise CheckpointError(f"{out}: exists already; choose another output or pass --overwrite")
     library = sparse_library() if export == "semi-structured" else None
     model, _ = load_model(source, device=device)
-    if library is not None:
-        with Checkpoint.open(source) as checkpoint:
-            check_targets(find_targets(model, options), checkpoint, options)
+    targets = find_targets(model, options)
+    with Checkpoint.open(source) as checkpoint:  # what can't be written is said before the work
+        stored_parts(checkpoint, {target.name: target.parameter.to("meta") for target in targets})
+        if library is not None:
+            check_targets(targets, checkpoint, options)
     learning: MaskProReport | None = None
     losses: dict[str, float] = {}
     if isinstance(options, MaskProConfig):
@@ -207,10 +211,13 @@ def _layers(
     checkpoint: Checkpoint, masks: Masks, learning: MaskProReport | None
 ) -> dict[str, dict[str, Any]]:
     layers: dict[str, dict[str, Any]] = {}
+    stored = stored_parts(checkpoint, {name: mask.kept.detach().cpu() for name, mask in masks.items()})
     for name, mask in masks.items():
-        squares = np.square(checkpoint.read(name), dtype=np.float64)
-        total = float(squares.sum())
-        kept = float(squares[mask.kept.detach().cpu().reshape(-1).numpy()].sum())
+        total = kept = 0.0
+        for key, part in stored[name].items():
+            squares = np.square(checkpoint.read(key), dtype=np.float64)
+            total += float(squares.sum())
+            kept += float(squares[part.reshape(-1).numpy()].sum())
         layers[name] = {"shape": list(mask.kept.shape), "kept_norm": kept / total if total else 1.0}
         if learning is not None:
             layers[name]["changed"] = learning.changed_by_parameter[name]

@@ -9,6 +9,7 @@ from weightsmith.checkpoints import Checkpoint
 from weightsmith.compression import read_masks
 from weightsmith.errors import InputError, PageError
 from weightsmith.evaluation import load_model
+from weightsmith.merging import plan_merge
 from weightsmith.recipes import Inline, load_page, plan_run, run_recipe
 from weightsmith.reports.folder import read_run
 from weightsmith.reports.page import render
@@ -98,6 +99,66 @@ def test_a_page_that_says_nothing_of_data_takes_what_the_model_was_trained_on():
     assert (stage.completed(earlier).data, problems) == (("docs", "names"), [])
     with pytest.raises(InputError, match=r"data: wanda needs text to calibrate on, .* `base`"):
         stage.check_data()
+
+
+TUNED = """\
+name: tiny
+stages:
+  base: {train: {model: FOLDER/model, data: FOLDER/a.txt, sequence_length: 32, batch_size: 2, steps: 2}}
+  sparse: {prune: {model: base, method: magnitude}}
+  tuned: {finetune: &more {model: sparse, data: FOLDER/b.txt, sequence_length: 32, batch_size: 2, steps: 4}}
+  probed: {finetune: {<<: *more, optimizer: {mezo: {}}, learning_rate: 0.001, average: {keep: {every: 2}}}}
+  adapted: {finetune: {<<: *more, adapter: {lora: {rank: 2, init: pissa}}, learning_rate: 0.1}}
+  dense: {finetune: {<<: *more, keep_zeros: false}}
+"""
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    page, runs = page_of(folder, TUNED)(), folder / "runs"
+    warned = {stage.stage: " ".join(stage.warnings) for stage in plan_run(page, root=runs).stages}
+    with pytest.warns(UserWarning, match=r"pruned weights were no longer 0 after the training, as a merged"):
+        run_recipe(page, root=runs, executor=Inline())
+    return runs / "tiny" / "stages", warned
+
+
+def test_a_pruned_model_stays_pruned_when_it_is_trained_further(tuned):
+    stages, warned = tuned
+    masks = read_masks(stages / "sparse" / "checkpoint")
+    states = sorted((stages / "probed" / "states").glob("step-*"))
+    assert states
+    outputs = [stages / name / "checkpoint" for name in ("tuned", "probed", "adapted")]
+    with Checkpoint.open(stages / "sparse" / "checkpoint") as before:
+        for folder in (*outputs, *states):
+            with Checkpoint.open(folder) as after:
+                moved = [name for name in masks if not np.array_equal(before.read(name), after.read(name))]
+                assert moved, folder
+                for name, mask in masks.items():
+                    assert not after.read(name)[~mask.kept.reshape(-1).numpy()].any(), (folder, name)
+                assert after.lineage.parameters["carried"] == ["weightsmith/masks.safetensors"]
+            assert read_masks(folder).keys() == masks.keys()
+    assert "the merged adapter is masked again" in warned["adapted"]
+    assert not warned["tuned"]
+
+
+def test_zeros_go_where_the_page_lets_them(tuned):
+    stages, warned = tuned
+    name, mask = next(iter(read_masks(stages / "sparse" / "checkpoint").items()))
+    with Checkpoint.open(stages / "dense" / "checkpoint") as after:
+        assert after.read(name)[~mask.kept.reshape(-1).numpy()].all()
+    assert not (stages / "dense" / "checkpoint" / "weightsmith").exists()
+    assert "`keep_zeros: false` lets its zeros go" in warned["dense"]
+
+
+def test_a_merge_of_a_pruned_model_says_what_becomes_of_its_zeros(tuned, tmp_path):
+    stages, _ = tuned
+    models = [str(stages / name / "checkpoint") for name in ("sparse", "dense")]
+    with plan_merge({"method": "linear", "models": models}, tmp_path / "merged") as plan:
+        assert [warning for warning in plan.warnings if "pruned" in warning] == [
+            "sparse is pruned: its zeros stay only where all models have them, and its masks are not carried "
+            "over"
+        ]
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from weightsmith.checkpoints.folder import MASKS_FILE
 from weightsmith.compression.nm.masks import codes_of_mask, repair_mask
 from weightsmith.compression.nm.oneshot import Mask, Masks
-from weightsmith.compression.nm.options import MASKS_FILE
 from weightsmith.compression.nm.pattern import Pattern
 from weightsmith.compression.nm.targets import Target
 from weightsmith.errors import CheckpointError, InputError

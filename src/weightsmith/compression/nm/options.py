@@ -12,8 +12,6 @@ from typing import Any, ClassVar, Literal
 from weightsmith.compression.nm.pattern import Pattern
 from weightsmith.errors import InputError, nearest
 
-MASKS_FILE = "weightsmith/masks.safetensors"
-"""Where a pruned checkpoint keeps its masks."""
 PACKED_FILE, PACKED_FACTS = "weightsmith/semi_structured.safetensors", "weightsmith/semi_structured.json"
 """Where it keeps matrices that are packed for sparse tensor cores, and what they were packed by."""
 Export = Literal["dense", "semi-structured"]

@@ -16,10 +16,11 @@ import numpy as np
 from torch import Tensor
 
 from weightsmith.checkpoints import Checkpoint, CheckpointWriter, Lineage, TensorSpec
+from weightsmith.checkpoints.folder import MASKS_FILE
 from weightsmith.checkpoints.lineage import Ancestor
 from weightsmith.compression.nm.files import masks_bytes
 from weightsmith.compression.nm.oneshot import Masks
-from weightsmith.compression.nm.options import MASKS_FILE, PACKED_FACTS, PACKED_FILE
+from weightsmith.compression.nm.options import PACKED_FACTS, PACKED_FILE
 from weightsmith.compression.nm.packed import pack
 from weightsmith.compression.nm.semi_structured import Library
 from weightsmith.compression.nm.stored import stored_parts

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from weightsmith.checkpoints import Checkpoint, Lineage, TensorSpec
+from weightsmith.checkpoints.folder import MASKS_FILE
 from weightsmith.checkpoints.names import is_over_tokens, layer_index
 from weightsmith.compression.nm.options import (
     KINDS,
-    MASKS_FILE,
     Export,
     MaskProConfig,
     NMOptions,

@@ -84,6 +84,8 @@ def test_weights_that_moved_find_the_tensor_they_are_stored_in(saved, tmp_path):
 def test_stacked_experts_are_pruned_in_the_tensors_of_each_expert(saved, tmp_path, kind, part):
     dense = saved(kind, part, vocab_size=128)
     experts = {"experts.gate_up_proj": 2, "experts.down_proj": 2}
+    with pytest.warns(UserWarning, match=r"stay dense: model\.layers\.0\.mlp\.experts\..* `experts` prunes"):
+        prune_checkpoint(dense, tmp_path / "all", MagnitudeOptions())
     report = prune_checkpoint(dense, tmp_path / "out", MagnitudeOptions(experts=experts))
     stacks = [name for name, mask in pruned_weights(tmp_path / "out").items() if mask.kept.ndim == 3]
     assert len(stacks) == 4

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ from weightsmith.compression.nm.options import (
 from weightsmith.compression.nm.packed import check_targets
 from weightsmith.compression.nm.semi_structured import sparse_library
 from weightsmith.compression.nm.stored import stored_parts
-from weightsmith.compression.nm.targets import find_targets
+from weightsmith.compression.nm.targets import dense_stacks, find_targets, some
 from weightsmith.compression.nm.write import write_pruned
 from weightsmith.errors import CheckpointError
 from weightsmith.runs.progress import SILENT, Progress
@@ -122,6 +123,12 @@ def prune_checkpoint(
     library = sparse_library() if export == "semi-structured" else None
     model, _ = load_model(source, device=device)
     targets = find_targets(model, options)
+    if stacks := dense_stacks(model, options):
+        warnings.warn(
+            f"stacks of matrices that stay dense: {some(stacks)}; `experts` prunes what it names, with the "
+            "axis of the inputs",
+            stacklevel=2,
+        )
     with Checkpoint.open(source) as checkpoint:  # what can't be written is said before the work
         stored_parts(checkpoint, {target.name: target.parameter.to("meta") for target in targets})
         if library is not None:

@@ -26,10 +26,11 @@ class NMOptions:
         pattern: N:M, the number of weights KEPT of each M consecutive inputs.
         targets: Patterns of the modules to prune; all linear layers where none is given. A pattern is a glob
             over whole parts of a name: `q_proj`, `layers.0`, `layers.*.mlp`.
-        ignore: Patterns of modules to leave dense. The output layer and routers stay dense in any case,
-            routers unless `targets` names them.
+        ignore: Patterns of modules and stacks to leave dense. The output layer and routers stay dense in any
+            case, routers unless `targets` names them themselves.
         experts: Patterns of parameters that stack matrices, with the axis of their inputs: the layouts of
-            models differ, and a shape doesn't tell.
+            models differ, and a shape doesn't tell. No method sees the inputs of each expert, so they need
+            `magnitude`, or `maskpro` with an `init` of magnitude or masks.
         remainder: What to do with a matrix whose inputs don't divide by M: `error`, or leave it `dense`.
     """
 

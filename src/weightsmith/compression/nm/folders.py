@@ -153,8 +153,9 @@ def prune_checkpoint(
             masks,
             out,
             method=options.kind,
-            parameters={**_changed(options), "data": list(data), "batches": len(batches)},
-            seed=getattr(options, "seed", None),
+            parameters={**_changed(options), "data": list(data), **_shape(batches)},
+            seed=(options.seed or 0) if isinstance(options, MaskProConfig) else None,
+            first=options.masks if isinstance(options, MaskProConfig) else None,
             weights={name: weights[name] for name in masks} if moved else None,
             overwrite=overwrite,
             library=library,
@@ -176,12 +177,28 @@ def prune_checkpoint(
 
 
 def _changed(options: NMOptions) -> dict[str, Any]:
-    """Options that are not the defaults, and the pattern, as JSON values; the seed has a place of its own."""
+    """Options that are not the defaults, and the pattern, as JSON values; the seed has a place of its own,
+    and so has a file of masks, wherever it lay.
+    """
     said = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name != "seed"}
+    if isinstance(options, MaskProConfig) and options.masks is not None:
+        said["init"] = "masks"
     default = type(options)()
     kept = {name: value for name, value in said.items() if value != getattr(default, name)}
     return {"pattern": options.pattern} | {
         name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()
+    }
+
+
+def _shape(batches: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How much calibration data there was, as options would say it."""
+    if not batches:
+        return {}
+    rows = [batch["input_ids"].shape for batch in batches]
+    return {
+        "samples": sum(count for count, *_ in rows),
+        "length": max(length for _, length in rows),
+        "batch_size": rows[0][0],
     }
 
 

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from weightsmith.checkpoints.folder import MASKS_FILE
 from weightsmith.compression.nm.pattern import Pattern
 from weightsmith.errors import InputError, nearest
 
@@ -169,7 +171,7 @@ class MaskProConfig(NMOptions):
             3 held a run that was short for its groups near its first mask, and kept back some of a long
             one's gain.
         repair: Complete first masks from a file whose groups don't keep exactly N.
-        seed: Decides all masks.
+        seed: Decides all masks; 0 by default, in a recipe what follows from its seed and the stage's name.
     """
 
     init: str = "wanda"
@@ -187,7 +189,7 @@ class MaskProConfig(NMOptions):
     first_mask: Literal["sample", "init"] = "sample"
     certainty: float = 0.0
     repair: bool = False
-    seed: int = 0
+    seed: int | None = None
 
     kind: ClassVar[str] = "maskpro"
 
@@ -215,6 +217,11 @@ class MaskProConfig(NMOptions):
             )
 
     @property
+    def masks(self) -> Path | None:
+        """The file whose masks `init` begins with; None where it names a method."""
+        return None if self.init in KINDS and self.init != self.kind else masks_file(self.init)
+
+    @property
     def compares(self) -> bool:
         """Whether losses are taken against those of the reference mask."""
         return self.estimator in ("tracked", "residual")
@@ -234,6 +241,12 @@ class MaskProConfig(NMOptions):
         n, m = self.nm.n, self.nm.m
         rate = change_rate(groups) if self.change_rate is None else self.change_rate
         return math.log((m - n) * sum(1 / k for k in range(1, n + 1)) / rate)
+
+
+def masks_file(source: str | Path) -> Path:
+    """Where the masks of a file, or of a pruned checkpoint's folder, lie."""
+    path = Path(source).expanduser()
+    return path / MASKS_FILE if path.is_dir() else path
 
 
 LARGEST_LOGIT = 40.0

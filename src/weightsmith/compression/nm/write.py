@@ -8,6 +8,7 @@ them (`packed`).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from weightsmith.checkpoints import Checkpoint, CheckpointWriter, Lineage, TensorSpec
-from weightsmith.checkpoints.folder import MASKS_FILE
-from weightsmith.checkpoints.lineage import Ancestor
+from weightsmith.checkpoints.folder import MASKS_FILE, label
+from weightsmith.checkpoints.lineage import Ancestor, read_lineage
 from weightsmith.compression.nm.files import masks_bytes
 from weightsmith.compression.nm.oneshot import Masks
 from weightsmith.compression.nm.options import PACKED_FACTS, PACKED_FILE
@@ -36,6 +37,7 @@ def write_pruned(
     method: str,
     parameters: Mapping[str, Any] | None = None,
     seed: int | None = None,
+    first: Path | None = None,
     weights: Mapping[str, Tensor] | None = None,
     overwrite: bool = False,
     library: Library | None = None,
@@ -49,6 +51,7 @@ def write_pruned(
         method: Id of what made the masks, for the lineage.
         parameters: Its options as JSON values.
         seed: Of the method, where it has one.
+        first: The file of masks that it began with, where it did, for the lineage.
         weights: Values that take the place of the source's, for methods that move what they keep (SparseGPT).
         overwrite: Replace `out` when it exists and is a checkpoint.
         library: Also pack the matrices for it, on this machine's CUDA device.
@@ -62,10 +65,12 @@ def write_pruned(
         SystemFault: the disk is full or failed.
     """
     if isinstance(source, Checkpoint):
-        return _write(source, masks, Path(out), method, parameters, seed, weights or {}, overwrite, library)
+        return _write(
+            source, masks, Path(out), method, parameters, seed, first, weights or {}, overwrite, library
+        )
     with Checkpoint.open(source) as checkpoint:
         return _write(
-            checkpoint, masks, Path(out), method, parameters, seed, weights or {}, overwrite, library
+            checkpoint, masks, Path(out), method, parameters, seed, first, weights or {}, overwrite, library
         )
 
 
@@ -76,6 +81,7 @@ def _write(
     method: str,
     parameters: Mapping[str, Any] | None,
     seed: int | None,
+    first: Path | None,
     weights: Mapping[str, Tensor],
     overwrite: bool,
     library: Library | None,
@@ -91,7 +97,7 @@ def _write(
         method=method,
         parameters=dict(parameters or {}),
         seed=seed,
-        inputs=(Ancestor.of(source, "model"),),
+        inputs=(Ancestor.of(source, "model"), *([_of_masks(first)] if first is not None else ())),
         versions=versions(),
     )
     side: dict[str, Path | bytes] = {**source.side_file_map(), MASKS_FILE: masks_bytes(masks)}
@@ -126,3 +132,16 @@ def _write(
         for name, raw in matrices.raw() if matrices is not None else ():
             writer.write_raw(name, raw)
         return writer.commit()
+
+
+def _of_masks(file: Path) -> Ancestor:
+    """A file of masks as an input; one beside a checkpoint is called by it, and has its lineage."""
+    with file.open("rb") as opened:
+        content = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    beside = file.parent.parent if file.parent.parent / MASKS_FILE == file else None
+    return Ancestor(
+        role="masks",
+        name=label(beside) if beside else file.name,
+        fingerprint=f"masks:{content}",
+        lineage=read_lineage(beside) if beside else None,
+    )

@@ -60,6 +60,16 @@ def test_help_imports_nothing_heavy():
     assert shown.stdout.strip().endswith("[]")
 
 
+def test_a_warning_is_one_line():
+    program = (
+        "import sys, warnings; from weightsmith.cli import main, methods; "
+        "methods.register = lambda app: app.command('methods')(lambda: warnings.warn('two\\nlines')); "
+        "sys.argv = ['weightsmith', 'methods']; main.main()"
+    )
+    made = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert made.stderr == "warning: two lines\n"
+
+
 def test_a_merge_from_page_to_folder_to_family_tree(models, tmp_path):
     checked = weightsmith("merge", "merge.yml", tmp_path / "out", "--check", "--json", cwd=models)
     assert json.loads(checked.stdout)["parameters"] == 16

@@ -6,8 +6,9 @@ import pytest
 from tests.recipes.conftest import small_model
 from typer.testing import CliRunner
 
-from weightsmith.cli.main import app
-from weightsmith.compression import read_masks
+from weightsmith.cli.main import Interrupted, app
+from weightsmith.compression import MaskProPruner, read_masks
+from weightsmith.compression.nm.state import STATE_FILE
 from weightsmith.errors import CheckpointError, InputError
 
 
@@ -54,6 +55,14 @@ def test_a_model_is_pruned_by_a_method_and_its_options(model):
             r"^warmup must be below steps \(100\), got 200",
         ),
         (["--option", "damp"], "--option: expected KEY=VALUE, got 'damp'"),
+        (["--pattern", "1:4", "--option", "pattern=2:4"], "method.sparsegpt.pattern: is given twice"),
+        (["--method", "magnitude", "--data", "docs"], "data: magnitude looks at weights alone; leave it out"),
+        (["--method", "magnitude", "--work", "w"], "--work: is for MaskPro's state, and magnitude has none"),
+        (["--data", "docs", "--length", "999"], "length: 999 tokens, and model was made for 384 positions"),
+        (
+            ["--method", "maskpro", "--data", "docs", "--option", "init=wnda"],
+            "method.maskpro.init: expected .* or the folder or file of masks; .*did you mean `wanda`",
+        ),
     ],
 )
 def test_wrong_words_are_one_line(model, words, said):
@@ -62,6 +71,33 @@ def test_wrong_words_are_one_line(model, words, said):
     with pytest.raises(InputError, match=said):
         raise made.exception
     assert not (model / "out").exists()
+
+
+def test_an_option_of_the_method_is_not_overruled_by_a_default(model):
+    made = run(model / "model", model / "out", "--method", "magnitude", "--option", "pattern=1:4")
+    assert made.exit_code == 0, made.exception
+    assert {mask.pattern.n for mask in read_masks(model / "out").values()} == {1}
+
+
+def test_a_killed_maskpro_goes_on_without_being_told_where_its_state_lies(model, monkeypatch):
+    words = [model / "model", model / "out", "--method", "maskpro", "--data", model / "a.txt"]
+    words += ["--option", "init=magnitude", "--option", "steps=4", "--samples", "3", "--length", "16"]
+    usual, steps = MaskProPruner._step, []
+
+    def step(self, state, *arguments):
+        if len(steps) == 2:
+            state.save(model / "out.work" / STATE_FILE, self.config, self._weights)
+            steps.append(None)
+            raise KeyboardInterrupt
+        steps.append(state.step)
+        usual(self, state, *arguments)
+
+    monkeypatch.setattr(MaskProPruner, "_step", step)
+    assert isinstance(run(*words).exception, Interrupted)
+    assert (model / "out.work").is_dir()
+    assert run(*words).exit_code == 0
+    assert steps == [0, 1, None, 2, 3]
+    assert not (model / "out.work").exists()
 
 
 def test_packing_without_a_gpu_is_one_line_and_writes_nothing(model, monkeypatch):

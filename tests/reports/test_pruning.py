@@ -20,13 +20,23 @@ def test_matrices_stand_by_kind_and_layer_and_what_is_outside_of_layers_apart():
     made = _pruning(Stage(), {**RECORD, "losses": {}, "learning": None})
     (strip,) = made.strips
     assert (list(strip.rows), list(strip.columns), strip.num_summaries) == (
-        ["up_proj", "q_proj", "extra"],
+        ["mlp.up_proj", "self_attn.q_proj", "extra"],
         ["0", "1", "rest"],
         1,
     )
     assert strip.values == [[0.9, 0.8, None], [None, 0.7, None], [None, None, 1.0]]
     assert made.panel is None
     assert made.words == "maskpro keeps 2 of every 4 weights of 4 matrices, 48 % of the model."
+
+
+def test_two_matrices_of_a_layer_that_end_alike_have_rows_of_their_own():
+    layers = {
+        "transformer.h.0.attn.c_proj.weight": {"shape": [4, 4], "kept_norm": 0.9},
+        "transformer.h.0.mlp.c_proj.weight": {"shape": [8, 4], "kept_norm": 0.8},
+    }
+    made = _pruning(Stage(), {**RECORD, "layers": layers, "losses": {}, "learning": None})
+    assert list(made.strips[0].rows) == ["attn.c_proj", "mlp.c_proj"]
+    assert made.strips[0].values == [[0.9], [0.8]]
 
 
 def test_learning_is_drawn_with_each_fixed_mask_as_a_line():

@@ -45,6 +45,21 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(undisturbed,
     assert weights(other.checkpoint) != weights(undisturbed.checkpoint)
 
 
+def test_a_model_saved_without_its_prefix_is_trained_and_keeps_its_names(gpt2, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    whole = AutoModelForCausalLM.from_pretrained(gpt2)
+    whole.base_model.save_pretrained(tmp_path / "base")
+    whole.config.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(gpt2).save_pretrained(tmp_path / "base")
+    config = FinetuneConfig(data="docs", steps=2, learning_rate=1e-2, **SMALL)
+    finetune(config, tmp_path / "base", tmp_path / "out", workdir=tmp_path / "work")
+    finetune(config, gpt2, tmp_path / "whole", workdir=tmp_path / "work of whole")
+    before, after, usual = (weights(tmp_path / name) for name in ("base", "out", "whole"))
+    assert before["h.0.attn.c_attn.weight"] != after["h.0.attn.c_attn.weight"]
+    assert {f"transformer.{name}": raw for name, raw in after.items()} == usual
+
+
 def killed_and_resumed(forks, config, model, folder, rng, longest):
     """Kill the run at random moments until it gets through; returns how often it was killed."""
     kills = 0

@@ -25,6 +25,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LINEAGE_FILE = "weightsmith.json"
 OWN_FOLDER = "weightsmith"
 """Where files of ours lie beside weights, so that no loader takes them for weights."""
+MASKS_FILE = f"{OWN_FOLDER}/masks.safetensors"
+"""Which weights of a pruned checkpoint are kept."""
 
 SIDE_FILES = (
     "config.json",

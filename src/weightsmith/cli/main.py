@@ -1,4 +1,4 @@
-"""The `weightsmith` program: its commands, its errors as one line each, its exit codes.
+"""The `weightsmith` program: its commands, its errors and warnings as one line each, its exit codes.
 
 Exit codes: 0 done, 1 the machine or a stage failed, 2 the input is wrong, 130 interrupted.
 """
@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -105,6 +106,8 @@ def main() -> None:
     """Run the program; never returns."""
     # Small operations run best on one thread per worker, and the limit counts only before torch loads.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if "--debug" not in sys.argv[1:]:
+        warnings.showwarning = _show_warning
     try:
         code = app(standalone_mode=False)
     except BrokenPipeError:  # the reader of our output has left: nothing to say, nobody to hear it
@@ -117,6 +120,11 @@ def main() -> None:
         print(f"error: {message}", file=sys.stderr)
     gc.freeze()  # what is alive now lives to the end: nothing to collect on the way out
     sys.exit(code)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """One line, as all that commands say: not the place in our source, nor the source itself."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _described(error: Exception) -> tuple[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,9 @@ def register(app: typer.Typer) -> None:
         method: Annotated[
             str, typer.Option(help="magnitude, wanda, ria, sparsegpt, sparseswaps or maskpro.")
         ] = "sparsegpt",
-        pattern: Annotated[str, typer.Option(help="N:M, weights KEPT of each M inputs.")] = "2:4",
+        pattern: Annotated[
+            str | None, typer.Option(help="N:M, weights KEPT of each M inputs; 2:4 by default.")
+        ] = None,
         data: Annotated[
             list[str] | None,
             typer.Option(
@@ -40,7 +43,10 @@ def register(app: typer.Typer) -> None:
         device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
         work: Annotated[
             Path | None,
-            typer.Option(help="Folder for MaskPro's state: the same command goes on where it was killed."),
+            typer.Option(
+                help="Folder for MaskPro's state: the same command goes on where it was killed. By default "
+                "OUT.work, deleted in the end."
+            ),
         ] = None,
         export: Annotated[
             Literal["dense", "semi-structured"],
@@ -55,37 +61,45 @@ def register(app: typer.Typer) -> None:
         """Prune a model to N of every M weights."""
         from weightsmith.cli.progress import bars
         from weightsmith.compression import prune_checkpoint
-        from weightsmith.recipes.stages.prune import Prune, calibration
+        from weightsmith.compression.nm.options import MaskProConfig
+        from weightsmith.recipes.stages.prune import Prune
         from weightsmith.recipes.validation import show
 
-        body: dict[str, Any] = {
+        if work is not None and method != MaskProConfig.kind:
+            raise InputError(f"--work: is for MaskPro's state, and {method} has none; leave it out")
+        given: dict[str, Any] = {
             "model": model,
             "pattern": pattern,
             "method": {method: output.key_values(option)} if option else method,
+            "data": data or None,
             "samples": samples,
+            "length": length,
             "batch_size": batch_size,
             "export": export,
         }
-        stage, problems = Prune.parse(body if not data else {**body, "data": data})
+        stage, problems = Prune.parse({key: value for key, value in given.items() if value is not None})
         problems = [*problems, *(stage.problems() if stage else ())]
         if stage is None or problems:
             raise InputError(
                 "\n".join(f"{show(problem.keys)}: {problem.text}".lstrip(": ") for problem in problems)
             )
         stage.check_data()
+        own = out.with_name(f"{out.name}.work") if work is None and method == MaskProConfig.kind else None
         with bars() as progress:
             report = prune_checkpoint(
                 model,
                 out,
                 stage.method,
-                calibration(stage, model, length=length, seed=getattr(stage.method, "seed", 0)),
+                stage.calibration(model, seed=getattr(stage.method, "seed", None) or 0),
                 data=[Path(entry).name for entry in data or ()],
                 device=device,
-                work=work,
+                work=work or own,
                 progress=progress(""),
                 overwrite=overwrite,
                 export=stage.export,
             )
+        if own is not None:
+            shutil.rmtree(own, ignore_errors=True)
         if as_json:
             output.print_json({"path": str(report.path), **report.to_json()})
             return

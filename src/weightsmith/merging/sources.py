@@ -9,7 +9,7 @@ from pathlib import Path
 
 from weightsmith.checkpoints import Checkpoint, TensorInfo, layer_index
 from weightsmith.checkpoints.adapter import AdapterCheckpoint
-from weightsmith.checkpoints.folder import ADAPTER_CONFIG, read_object
+from weightsmith.checkpoints.folder import ADAPTER_CONFIG, MASKS_FILE, read_object
 from weightsmith.checkpoints.stacks import Stack, is_first
 from weightsmith.errors import CheckpointError
 from weightsmith.merging import compatibility
@@ -300,6 +300,12 @@ class Sources:
         others = list({id(c): c for c, _ in self.roles if c is not self.donor}.values())
         for checkpoint in others:
             self.warnings += tuple(compatibility.check_architecture(checkpoint, self.donor))
+        for checkpoint in {id(c): c for c, _ in self.roles}.values():
+            if (checkpoint.path / MASKS_FILE).is_file():
+                self.warnings += (
+                    f"{checkpoint.name} is pruned: its zeros stay only where all models have them, and its "
+                    "masks are not carried over",
+                )
         if self.config.tokenizer is None:
             key = "tokenizer_source" if self.config.dialect == "mergekit" else "tokenizer"
             compatibility.check_tokenizers(others, self.donor, key)

@@ -59,8 +59,7 @@ def _pruning(stage: Stage, record: Mapping[str, Any]) -> Pruning:
 def _strip(title: str, layers: Mapping[str, Mapping[str, Any]], key: str) -> Strip:
     kinds: dict[str, dict[int | None, float]] = {}
     for name, facts in layers.items():
-        kind = name.removesuffix(".weight").rpartition(".")[2]
-        kinds.setdefault(kind, {})[layer_index(name)] = facts[key]
+        kinds.setdefault(_kind(name), {})[layer_index(name)] = facts[key]
     numbers = sorted({n for row in kinds.values() for n in row if n is not None})
     outside = any(None in row for row in kinds.values())
     columns: list[int | None] = [*numbers, *([None] if outside else [])]
@@ -72,6 +71,13 @@ def _strip(title: str, layers: Mapping[str, Mapping[str, Any]], key: str) -> Str
         values=[[row.get(column) for column in columns] for row in kinds.values()],
         as_percent=True,
     )
+
+
+def _kind(name: str) -> str:
+    """What a matrix is called in every layer: what follows the number of the layer."""
+    parts = name.removesuffix(".weight").split(".")
+    number = next((at for at, part in enumerate(parts) if part.isdigit()), -1)
+    return ".".join(parts[number + 1 :])
 
 
 def _finite(loss: float | None) -> bool:

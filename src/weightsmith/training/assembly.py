@@ -59,6 +59,7 @@ def part_callbacks(
         progress: Told about the steps of a preheat.
     """
     config, found = planned.config, []
+    last = config.callbacks(planned.model, network)
     masked = None
     if config.objective is not None:
         tokenizer = load_tokenizer(planned.model or workdir / "start")
@@ -79,7 +80,7 @@ def part_callbacks(
     if planned.model_config.get("training_cycles", "all") != "all":
         found.append(CycleSchedule(network, planned.seed))
     # Last: a mean is loaded into the model before an adapter is merged, and that before an added token goes.
-    return [*found, *(last for last in (merge, masked) if last is not None)]
+    return [*found, *(part for part in (merge, masked) if part is not None), *last]
 
 
 def _averaging(average: StateAverage, seed: int, workdir: Path, held_out: Sequence[Any]) -> AveragingCallback:

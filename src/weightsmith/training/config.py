@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from weightsmith.errors import InputError
 from weightsmith.training import parts
 from weightsmith.training.meap.options import MEAPOptions
 from weightsmith.training.sources import DataSource
 from weightsmith.training.zero_token.options import ZTTOptions
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 Data = str | DataSource | tuple[str | DataSource, ...] | list[str | DataSource]
 
@@ -105,6 +110,18 @@ class TrainConfig:
         if self.replay_data is not None:
             sources(self.replay_data)
         parts.check(self)
+
+    def carried(self, model: Path) -> Mapping[str, Path]:
+        """Files of the starting model's folder, beside what every copy has, that hold for the result too: by
+        name. A stage may know some.
+        """
+        return {}
+
+    def callbacks(self, model: Path | None, network: Any) -> list[TrainerCallback]:
+        """What else takes part in the training of `network`, which was loaded from `model`: a stage may have
+        something. Called before an adapter is put on it; they come last when training ends.
+        """
+        return []
 
     def data_fingerprint(self) -> str:
         """Stands for the content of all data; changes when a file or the test-bed's code changes.

@@ -98,6 +98,7 @@ def plan(config: TrainConfig, model: str | Path, *, seed: int) -> TrainPlan:
     ancestors: tuple[Ancestor, ...] = ()
     parent: Lineage | None = None
     folder: Path | None = None
+    carried: Mapping[str, Path] = {}
     if from_weights:
         with Checkpoint.open(model) as checkpoint:
             _refuse_what_cannot_be_trained(checkpoint)
@@ -106,7 +107,8 @@ def plan(config: TrainConfig, model: str | Path, *, seed: int) -> TrainPlan:
             specs = tuple(
                 TensorSpec(info.name, info.dtype, info.shape) for info in checkpoint.tensors.values()
             )
-            files: dict[str, Path | bytes] = dict(checkpoint.side_file_map())
+            carried = config.carried(folder)
+            files: dict[str, Path | bytes] = {**checkpoint.side_file_map(), **carried}
             ancestors, parent = (Ancestor.of(checkpoint, "base"),), checkpoint.lineage
     elif str(model).startswith(TESTBED) and not Path(model).exists():
         texts = model_files(str(model)[len(TESTBED) :])
@@ -131,7 +133,7 @@ def plan(config: TrainConfig, model: str | Path, *, seed: int) -> TrainPlan:
     costs.check_fit(resolved, specs)
     lineage = Lineage(
         method="finetune" if from_weights else "train",
-        parameters=_parameters(resolved, model_config),
+        parameters=_parameters(resolved, model_config) | ({"carried": sorted(carried)} if carried else {}),
         seed=seed,
         inputs=ancestors,
         versions=versions(),

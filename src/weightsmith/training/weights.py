@@ -40,7 +40,7 @@ def write_model(
     """Write a trained model as the planned tensors, in one rename.
 
     Tensors of the source that the model doesn't have (buffers of old versions, heads that are not loaded) are
-    carried over as they are.
+    carried over as they are. Files of some families lack the model's own prefix.
 
     Raises:
         CheckpointError: the model has a tensor of another shape than planned, or lacks one that nothing
@@ -48,7 +48,10 @@ def write_model(
         SystemFault: the disk is full or failed.
     """
     state = stored_tensors(model)
-    every = {**state, **{name: tensor for name, tensor in model.state_dict().items() if name not in state}}
+    known = {**model.state_dict(), **state}
+    every = {
+        name.removeprefix(f"{model.base_model_prefix}."): tensor for name, tensor in known.items()
+    } | known
     with CheckpointWriter(out, specs, side_files=side_files, lineage=lineage, overwrite=overwrite) as writer:
         for spec in specs:
             tensor = every.get(spec.name)

@@ -13,6 +13,17 @@ MODELS = {
     "gemma2": HEADS | SIZES | {"head_dim": 8, "sliding_window": 4},
     "gpt_neox": SIZES | {"num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 24},
     "mixtral": HEADS | SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": HEADS
+    | SIZES
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "decoder_sparse_step": 1}
+    | {"shared_expert_intermediate_size": 24},
+    "bloom": {"hidden_size": 16, "n_head": 2, "n_layer": 2, "vocab_size": 32},
+    "gemma3": {
+        "text_config": HEADS | SIZES | {"head_dim": 8, "sliding_window": 4, "vocab_size": 128},
+        "vision_config": {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+        | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
+        "mm_tokens_per_image": 4,
+    },
 }
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from weightsmith.compression.nm import MagnitudeOptions, MaskProPruner, prune_
-from weightsmith.compression.nm.targets import find_targets, matches
+from weightsmith.compression.nm.targets import dense_stacks, find_targets, matches
 from weightsmith.errors import InputError
 
 
@@ -52,6 +52,61 @@ def test_a_layer_named_as_routers_are_is_pruned_when_it_is_named():
     model = nn.ModuleDict({"gate": nn.Linear(8, 4), "up": nn.Linear(8, 4)})
     assert names(model) == ["up.weight"]
     assert names(model, targets=("gate",)) == ["gate.weight"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "pruned"),
+    [
+        ("layers.0", False),
+        ("layers.*.mlp", False),
+        ("layers.*", False),
+        ("mlp", False),
+        ("*_gate", True),
+        ("layers.0.mlp.shared_expert_gate", True),
+        ("layers.9.mlp.shared_expert_gate", False),
+    ],
+)
+def test_a_router_is_pruned_by_its_own_name_alone(build, pattern, pruned):
+    # Its one output makes a matrix of one row, which can be pruned like any other.
+    found = names(build("qwen2_moe", num_hidden_layers=10), targets=("layers.0", pattern))
+    assert ("model.layers.0.mlp.shared_expert_gate.weight" in found) == pruned
+
+
+def test_a_stack_is_found_beside_a_layer_of_its_name_and_may_be_ignored(build):
+    model = build("qwen2_moe")
+    experts = {"down_proj": 2}
+    stacks = [f"model.layers.{n}.mlp.experts.down_proj" for n in (0, 1)]
+    found = find_targets(model, MagnitudeOptions(experts=experts))
+    assert [target.name for target in found if target.parameter.ndim == 3] == stacks
+    assert "model.layers.0.mlp.shared_expert.down_proj.weight" in [target.name for target in found]
+    assert not set(stacks[:1]) & set(names(model, experts=experts, ignore=("layers.0",)))
+    with pytest.raises(InputError, match=r"experts: `down_proj` fits only .*, which `ignore` names"):
+        names(model, experts=experts, ignore=("experts",))
+    with pytest.raises(
+        InputError, match=r"experts: .*q_proj.weight has shape \[16, 16\], expected three axes"
+    ):
+        names(model, experts={"q_proj.weight": 2})
+
+
+def test_stacks_that_nothing_names_are_told(build):
+    model = build("mixtral")
+    stacks = dense_stacks(model, MagnitudeOptions())
+    assert len(stacks) == 4
+    assert all(".experts." in name for name in stacks)
+    assert dense_stacks(model, MagnitudeOptions(experts={"down_proj": 2}, ignore=("gate_up_proj",))) == []
+    assert dense_stacks(nn.Sequential(nn.Conv1d(4, 4, 2)), MagnitudeOptions()) == []
+
+
+def test_a_pattern_that_spares_nothing_or_only_what_is_spared_is_refused(build):
+    model = build("llama")
+    with pytest.raises(InputError, match="ignore: `q_porj` fits nothing in the model; did you mean `q_proj`"):
+        names(model, ignore=("lm_head", "q_porj"))
+    assert names(model, ignore=("embed_tokens", "k_proj", "lm_head"))
+    for ignore in (("lm_head",), ()):
+        with pytest.raises(InputError, match="targets: `lm_head` fits only lm_head, which stays dense"):
+            names(model, targets=("q_proj", "lm_head"), ignore=ignore)
+    with pytest.raises(InputError, match=r"targets: `q_proj` fits only .* what `ignore` names"):
+        names(model, targets=("q_proj",), ignore=("self_attn",))
 
 
 def test_patterns_fit_whole_parts_of_a_name():

@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from weightsmith.checkpoints.folder import MASKS_FILE
 from weightsmith.compression.nm.masks import codes_of_mask, repair_mask
 from weightsmith.compression.nm.oneshot import Mask, Masks
-from weightsmith.compression.nm.options import MASKS_FILE
+from weightsmith.compression.nm.options import masks_file
 from weightsmith.compression.nm.pattern import Pattern
 from weightsmith.compression.nm.targets import Target
 from weightsmith.errors import CheckpointError, InputError
@@ -63,8 +64,7 @@ def read_masks(source: str | Path) -> Masks:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    path = Path(source).expanduser()
-    path = path / MASKS_FILE if path.is_dir() else path
+    path = masks_file(source)
     if not path.is_file():
         raise CheckpointError(f"{source}: no masks; expected a file of masks, or a folder with {MASKS_FILE}")
     try:

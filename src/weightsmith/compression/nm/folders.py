@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,8 @@ from weightsmith.compression.nm.options import (
 )
 from weightsmith.compression.nm.packed import check_targets
 from weightsmith.compression.nm.semi_structured import sparse_library
-from weightsmith.compression.nm.targets import find_targets
+from weightsmith.compression.nm.stored import stored_parts
+from weightsmith.compression.nm.targets import dense_stacks, find_targets, some
 from weightsmith.compression.nm.write import write_pruned
 from weightsmith.errors import CheckpointError, InputError
 from weightsmith.runs.progress import SILENT, Progress
@@ -109,7 +111,8 @@ def prune_checkpoint(
             device; see `load_semi_structured`.
 
     Raises:
-        CheckpointError: the model can't be read, or `out` exists.
+        CheckpointError: the model can't be read, stores its weights so that no mask fits them (said before
+            anything is computed), or `out` exists.
         InputError: nothing to prune, or what can't be; no data where data are needed; matrices that can't be
             packed, said before anything is computed.
         SystemFault: the disk is full or failed.
@@ -121,9 +124,17 @@ def prune_checkpoint(
         raise CheckpointError(f"{out}: exists already; choose another output or pass --overwrite")
     library = sparse_library() if export == "semi-structured" else None
     model, _ = load_model(source, device=device)
-    if library is not None:
-        with Checkpoint.open(source) as checkpoint:
-            check_targets(find_targets(model, options), checkpoint, options)
+    targets = find_targets(model, options)
+    if stacks := dense_stacks(model, options):
+        warnings.warn(
+            f"stacks of matrices that stay dense: {some(stacks)}; `experts` prunes what it names, with the "
+            "axis of the inputs",
+            stacklevel=2,
+        )
+    with Checkpoint.open(source) as checkpoint:  # what can't be written is said before the work
+        stored_parts(checkpoint, {target.name: target.parameter.to("meta") for target in targets})
+        if library is not None:
+            check_targets(targets, checkpoint, options)
     learning: MaskProReport | None = None
     losses: dict[str, float] = {}
     absent: dict[str, str] = {}
@@ -141,8 +152,9 @@ def prune_checkpoint(
             masks,
             out,
             method=options.kind,
-            parameters={**_changed(options), "data": list(data), "batches": len(batches)},
-            seed=getattr(options, "seed", None),
+            parameters={**_changed(options), "data": list(data), **_shape(batches)},
+            seed=(options.seed or 0) if isinstance(options, MaskProConfig) else None,
+            first=options.masks if isinstance(options, MaskProConfig) else None,
             weights={name: weights[name] for name in masks} if moved else None,
             overwrite=overwrite,
             library=library,
@@ -169,12 +181,28 @@ def prune_checkpoint(
 
 
 def _changed(options: NMOptions) -> dict[str, Any]:
-    """Options that are not the defaults, and the pattern, as JSON values; the seed has a place of its own."""
+    """Options that are not the defaults, and the pattern, as JSON values; the seed has a place of its own,
+    and so has a file of masks, wherever it lay.
+    """
     said = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name != "seed"}
+    if isinstance(options, MaskProConfig) and options.masks is not None:
+        said["init"] = "masks"
     default = type(options)()
     kept = {name: value for name, value in said.items() if value != getattr(default, name)}
     return {"pattern": options.pattern} | {
         name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()
+    }
+
+
+def _shape(batches: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How much calibration data there was, as options would say it."""
+    if not batches:
+        return {}
+    rows = [batch["input_ids"].shape for batch in batches]
+    return {
+        "samples": sum(count for count, *_ in rows),
+        "length": max(length for _, length in rows),
+        "batch_size": rows[0][0],
     }
 
 
@@ -224,10 +252,13 @@ def _layers(
     checkpoint: Checkpoint, masks: Masks, learning: MaskProReport | None
 ) -> dict[str, dict[str, Any]]:
     layers: dict[str, dict[str, Any]] = {}
+    stored = stored_parts(checkpoint, {name: mask.kept.detach().cpu() for name, mask in masks.items()})
     for name, mask in masks.items():
-        squares = np.square(checkpoint.read(name), dtype=np.float64)
-        total = float(squares.sum())
-        kept = float(squares[mask.kept.detach().cpu().reshape(-1).numpy()].sum())
+        total = kept = 0.0
+        for key, part in stored[name].items():
+            squares = np.square(checkpoint.read(key), dtype=np.float64)
+            total += float(squares.sum())
+            kept += float(squares[part.reshape(-1).numpy()].sum())
         layers[name] = {"shape": list(mask.kept.shape), "kept_norm": kept / total if total else 1.0}
         if learning is not None:
             layers[name]["changed"] = learning.changed_by_parameter[name]

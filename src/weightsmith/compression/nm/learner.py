@@ -51,7 +51,7 @@ class Learner:
             name: torch.zeros(rows.shape[1], dtype=dtype, device=rows.device) for name, rows in logits.items()
         }
         devices = {rows.device for rows in logits.values()}
-        self._samplers = {device: Sampler(self._nm, config.seed, device) for device in devices}
+        self._samplers = {device: Sampler(self._nm, config.seed or 0, device) for device in devices}
         self._scratch: dict[torch.device, Tensor] = {}
 
     def draw(self, step: int, sample: int = 0) -> dict[str, Tensor]:

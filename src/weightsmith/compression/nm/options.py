@@ -7,13 +7,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from weightsmith.checkpoints.folder import MASKS_FILE
 from weightsmith.compression.nm.pattern import Pattern
 from weightsmith.errors import InputError, nearest
 
-MASKS_FILE = "weightsmith/masks.safetensors"
-"""Where a pruned checkpoint keeps its masks."""
 PACKED_FILE, PACKED_FACTS = "weightsmith/semi_structured.safetensors", "weightsmith/semi_structured.json"
 """Where it keeps matrices that are packed for sparse tensor cores, and what they were packed by."""
 Export = Literal["dense", "semi-structured"]
@@ -28,10 +28,11 @@ class NMOptions:
         pattern: N:M, the number of weights KEPT of each M consecutive inputs.
         targets: Patterns of the modules to prune; all linear layers where none is given. A pattern is a glob
             over whole parts of a name: `q_proj`, `layers.0`, `layers.*.mlp`.
-        ignore: Patterns of modules to leave dense. The output layer and routers stay dense in any case,
-            routers unless `targets` names them.
+        ignore: Patterns of modules and stacks to leave dense. The output layer and routers stay dense in any
+            case, routers unless `targets` names them themselves.
         experts: Patterns of parameters that stack matrices, with the axis of their inputs: the layouts of
-            models differ, and a shape doesn't tell.
+            models differ, and a shape doesn't tell. No method sees the inputs of each expert, so they need
+            `magnitude`, or `maskpro` with an `init` of magnitude or masks.
         remainder: What to do with a matrix whose inputs don't divide by M: `error`, or leave it `dense`.
     """
 
@@ -171,7 +172,7 @@ class MaskProConfig(NMOptions):
             3 held a run that was short for its groups near its first mask, and kept back some of a long
             one's gain.
         repair: Complete first masks from a file whose groups don't keep exactly N.
-        seed: Decides all masks.
+        seed: Decides all masks; 0 by default, in a recipe what follows from its seed and the stage's name.
     """
 
     init: str = "wanda"
@@ -189,7 +190,7 @@ class MaskProConfig(NMOptions):
     first_mask: Literal["sample", "init"] = "sample"
     certainty: float = 0.0
     repair: bool = False
-    seed: int = 0
+    seed: int | None = None
 
     kind: ClassVar[str] = "maskpro"
 
@@ -217,6 +218,11 @@ class MaskProConfig(NMOptions):
             )
 
     @property
+    def masks(self) -> Path | None:
+        """The file whose masks `init` begins with; None where it names a method."""
+        return None if self.init in KINDS and self.init != self.kind else masks_file(self.init)
+
+    @property
     def compares(self) -> bool:
         """Whether losses are taken against those of the reference mask."""
         return self.estimator in ("tracked", "residual")
@@ -236,6 +242,12 @@ class MaskProConfig(NMOptions):
         n, m = self.nm.n, self.nm.m
         rate = change_rate(groups) if self.change_rate is None else self.change_rate
         return math.log((m - n) * sum(1 / k for k in range(1, n + 1)) / rate)
+
+
+def masks_file(source: str | Path) -> Path:
+    """Where the masks of a file, or of a pruned checkpoint's folder, lie."""
+    path = Path(source).expanduser()
+    return path / MASKS_FILE if path.is_dir() else path
 
 
 LARGEST_LOGIT = 40.0

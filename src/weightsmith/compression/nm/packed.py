@@ -39,6 +39,7 @@ from weightsmith.compression.nm.semi_structured import (
     sparse_library,
     to_semi_structured_,
 )
+from weightsmith.compression.nm.stored import stored_parts
 from weightsmith.compression.nm.targets import Target
 from weightsmith.errors import CheckpointError, InputError
 from weightsmith.runs.atomic import read_json
@@ -92,11 +93,14 @@ def check_targets(targets: list[Target], source: Checkpoint, options: NMOptions)
         InputError: no CUDA device; a pattern, axis, type or shape that can't be packed.
     """
     library = sparse_library()
+    parts = stored_parts(source, {target.name: target.parameter.to("meta") for target in targets})
     for target in targets:
-        stored = source.tensors[target.name].dtype if target.name in source.tensors else ""
-        if stored not in _DTYPES:
-            raise InputError(f"{target.name}: is stored as {stored or 'nothing'}, {library} can't pack it")
-        check_layout(target.name, target.shape, _DTYPES[stored], options.nm, target.dim, library)
+        stored, *more = parts[target.name]
+        dtype = source.tensors[stored].dtype
+        if more or dtype not in _DTYPES:
+            found = f"{1 + len(more)} tensors" if more else dtype
+            raise InputError(f"{target.name}: is stored as {found}, {library} can't pack it")
+        check_layout(target.name, target.shape, _DTYPES[dtype], options.nm, target.dim, library)
     return library
 
 
@@ -144,7 +148,8 @@ def load_semi_structured(folder: str | Path) -> tuple[PreTrainedModel, PreTraine
     library, path = sparse_library(), Path(folder).expanduser()
     masks = read_masks(path)
     with Checkpoint.open(path) as checkpoint:
-        stored = {checkpoint.tensors[name].dtype for name in masks if name in checkpoint.tensors}
+        parts = stored_parts(checkpoint, {name: mask.kept for name, mask in masks.items()})
+        stored = {checkpoint.tensors[key].dtype for of_one in parts.values() for key in of_one}
     if len(stored) != 1 or not stored <= _DTYPES.keys():
         raise InputError(f"{folder}: pruned matrices are stored as {', '.join(sorted(stored)) or 'nothing'}")
     dtype = str(_DTYPES[stored.pop()]).removeprefix("torch.")

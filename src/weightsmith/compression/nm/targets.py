@@ -4,7 +4,8 @@
     Conv1D of GPT-2's family       (inputs, outputs)   axis 0
     stacked experts, (E, ., .)     named by the caller with their axis, never guessed by shape
 
-Dense in any case: embeddings, the output layer, norms, biases; and routers unless they are named.
+Dense in any case: embeddings, the output layer, norms, biases; and routers unless they are named themselves:
+`layers.0` or `mlp` is not the name of the router inside.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from weightsmith.compression.nm.options import NMOptions
-from weightsmith.errors import InputError
+from weightsmith.errors import InputError, nearest
 
 ROUTERS = ("router", "*_router", "gate", "shared_expert_gate")
 """Linear layers that choose experts, by the names that models give them."""
@@ -70,21 +72,35 @@ def find_targets(model: nn.Module, options: NMOptions) -> list[Target]:
     """The parameters that `options` prune, in the model's order; a shared one once.
 
     Raises:
-        InputError: nothing matches, and what there is; a pattern that fits nothing; weights of a kind that
-            can't be pruned: adapters, quantised or sharded ones; inputs that don't divide into groups.
+        InputError: nothing matches, and what there is; a pattern that fits nothing, or nothing that may be
+            pruned; weights of a kind that can't be pruned: adapters, quantised or sharded ones; inputs that
+            don't divide into groups.
     """
     _refuse_adapters(model)
     layers = dict(_linear_layers(model))
     kept_dense = _output_layer(model)
+    _check_ignored(model, options)
+    dense = {
+        name
+        for name, (module, _) in layers.items()
+        if module.weight is kept_dense or matches(name, options.ignore)
+    }
     for pattern in options.targets:
-        if not any(matches(name, [pattern]) for name in layers):
-            raise InputError(f"targets: `{pattern}` fits no layer; linear layers are {_some(layers)}")
+        fits = [name for name in layers if matches(name, [pattern])]
+        if not fits:
+            close = nearest(pattern, _last_parts(layers))
+            raise InputError(f"targets: `{pattern}` fits no layer; linear layers are {some(layers)}{close}")
+        if dense.issuperset(fits):
+            raise InputError(
+                f"targets: `{pattern}` fits only {some(fits)}, which stays dense: the output layer always "
+                "does, and so does what `ignore` names"
+            )
     found: dict[int, Target] = {}
     for name, (module, dim) in layers.items():
         weight: Any = module.weight
-        if weight is kept_dense or matches(name, options.ignore):
+        if name in dense or (options.targets and not matches(name, options.targets)):
             continue
-        if not (matches(name, options.targets) if options.targets else not matches(name, ROUTERS)):
+        if matches(name, ROUTERS) and not _is_named(name, options.targets):
             continue
         if id(weight) in found:
             earlier = found[id(weight)]
@@ -95,15 +111,60 @@ def find_targets(model: nn.Module, options: NMOptions) -> list[Target]:
         named = [(name, p) for name, p in model.named_parameters() if matches(name, [pattern])]
         if not named:
             raise InputError(f"experts: `{pattern}` fits no parameter of the model")
-        for name, parameter in named:
-            if parameter.ndim != 3:
-                raise InputError(
-                    f"experts: {name} has shape {list(parameter.shape)}, expected three axes, experts first"
-                )
+        # A layer beside the stack, such as an expert that all tokens share, may have its name.
+        stacks = [(name, parameter) for name, parameter in named if parameter.ndim == 3]
+        if not stacks:
+            name, parameter = named[0]
+            raise InputError(
+                f"experts: {name} has shape {list(parameter.shape)}, expected three axes, experts first"
+            )
+        chosen = [(name, parameter) for name, parameter in stacks if not matches(name, options.ignore)]
+        if not chosen:
+            raise InputError(f"experts: `{pattern}` fits only {some(dict(stacks))}, which `ignore` names")
+        for name, parameter in chosen:
             _add(found, name, parameter, dim % 3, (), options)
     if not found:
-        raise InputError(f"nothing to prune: the model's linear layers are {_some(layers)}")
+        raise InputError(f"nothing to prune: the model's linear layers are {some(layers)}")
     return list(found.values())
+
+
+def dense_stacks(model: nn.Module, options: NMOptions) -> list[str]:
+    """Stacks of matrices that stay dense because nothing names them, nor says that they should."""
+    kernels = {id(module.weight) for module in model.modules() if isinstance(module, _ConvNd)}
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3
+        and min(parameter.shape) > 1
+        and id(parameter) not in kernels
+        and not matches(name, [*options.experts, *options.ignore])
+    ]
+
+
+def _check_ignored(model: nn.Module, options: NMOptions) -> None:
+    """A misspelt pattern would prune what it was to spare."""
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    for pattern in options.ignore:
+        if pattern not in NMOptions.ignore and not any(matches(name, [pattern]) for name in names):
+            raise InputError(
+                f"ignore: `{pattern}` fits nothing in the model{nearest(pattern, _last_parts(names))}"
+            )
+
+
+def _is_named(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a pattern names the router at the end of `name`, and not only what is around it."""
+    parts = name.split(".")
+    first = next(at for at, part in enumerate(parts) if matches(part, ROUTERS))
+    for pattern in patterns:
+        last = pattern.rpartition(".")[2]
+        of_router = last.strip("*?") and any(fnmatchcase(part, last) for part in parts[first:])
+        if of_router and matches(name, [pattern]):
+            return True
+    return False
+
+
+def _last_parts(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def _add(
@@ -155,7 +216,8 @@ def _check_weight(name: str, weight: Tensor) -> None:
         raise InputError(f"{name}: has no memory yet (device `meta`); load the model first")
 
 
-def _some(layers: Iterable[str]) -> str:
+def some(layers: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
     names = list(layers)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return (", ".join(names[:_SHOWN]) or "none") + more

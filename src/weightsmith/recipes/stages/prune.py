@@ -16,19 +16,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from weightsmith.checkpoints import Checkpoint, Lineage, TensorSpec
+from weightsmith.checkpoints.folder import MASKS_FILE
 from weightsmith.checkpoints.names import is_over_tokens, layer_index
 from weightsmith.compression.nm.options import (
     KINDS,
-    MASKS_FILE,
     Export,
     MaskProConfig,
     NMOptions,
     SparseGPTOptions,
     SparseSwapsOptions,
 )
-from weightsmith.errors import InputError
+from weightsmith.errors import InputError, nearest
 from weightsmith.evaluation.costs import TORCH_BYTES
 from weightsmith.evaluation.models import load_tokenizer, tokenizer_folder, window_length
+from weightsmith.recipes.fingerprint import file_digest
 from weightsmith.recipes.stages.contract import Done, Forecast, Problem, Reference, Workspace, plain
 from weightsmith.recipes.stages.parts import PageData, choice
 from weightsmith.recipes.stages.scoring import trained_on
@@ -59,6 +60,9 @@ class Prune:
     """What to calibrate on; by default what the model was trained on."""
     samples: int = 128
     """Windows of calibration data."""
+    length: int | None = None
+    """Tokens of a window; by default as in training: a quarter of the positions the model was made for, at
+    most 1,024."""
     batch_size: int = 8
     """Windows in a forward pass."""
     device: str = "auto"
@@ -85,6 +89,10 @@ class Prune:
             text = f"expected a mapping of options, found {options!r}"
             return None, [*problems, Problem(("method", name), text)]
         shared = {key: body[key] for key in _SHARED if key in body}
+        twice = [key for key in shared if key in options]
+        if twice:
+            text = "is given twice, for the stage and for its method"
+            return None, [*problems, *(Problem(("method", name, key), text) for key in twice)]
         method, found = validate(KINDS[name], {**options, **shared})
         for problem in found:
             inside = problem.keys[:1] and problem.keys[0] not in shared
@@ -94,7 +102,9 @@ class Prune:
         return dataclasses.replace(config, method=method), []
 
     def references(self) -> Sequence[Reference]:
-        """The one model; and a folder whose masks are the first ones is no model."""
+        """The one model. A folder whose masks are the first ones is none: its file of masks counts as
+        data.
+        """
         return [Reference(("model",), self.model)]
 
     def problems(self) -> Sequence[Problem]:
@@ -104,6 +114,17 @@ class Prune:
             for key in ("samples", "batch_size")
             if getattr(self, key) < 1
         ]
+        if self.length is not None and self.length < 2:
+            found.append(Problem(("length",), f"expected at least 2, got {self.length}"))
+        if self.data is not None and not self.needs_data:
+            found.append(Problem(("data",), f"{self.method.kind} looks at weights alone; leave it out"))
+        if (masks := self._first_masks) is not None and not masks.is_file():
+            init = self.method.init  # pyrefly: ignore[missing-attribute]
+            known = ", ".join(kind for kind in KINDS if kind != MaskProConfig.kind)
+            text = (
+                f"expected {known}, or the folder or file of masks; {masks} is no file{nearest(init, KINDS)}"
+            )
+            found.append(Problem(("method", "maskpro", "init"), text))
         if self.export == "semi-structured" and self.method.pattern != "2:4":
             text = f"semi-structured matrices are 2:4, the pattern is {self.method.pattern}"
             found.append(Problem(("export",), text))
@@ -128,10 +149,12 @@ class Prune:
         return {**words, **shared, "method": {self.method.kind: options}}
 
     def data_fingerprint(self) -> str:
-        """Of the calibration data."""
-        if self.data is None or not self.needs_data:
-            return ""
-        return "\n".join(f"{entry!r}={entry.fingerprint()}" for entry in sources(self.data))
+        """Of the calibration data, and of the masks to begin with."""
+        read = sources(self.data) if self.data is not None else ()
+        found = [f"{entry!r}={entry.fingerprint()}" for entry in read]
+        if self._first_masks is not None:
+            found.append(f"masks={file_digest(self._first_masks)}")
+        return "\n".join(found)
 
     def forecast(self, models: Mapping[str, Path], workspace: Workspace) -> Forecast:
         """Its cost: passes over the data, and the work of SparseGPT and SparseSwaps on each matrix."""
@@ -141,7 +164,7 @@ class Prune:
             specs = [
                 TensorSpec(info.name, info.dtype, tuple(info.shape)) for info in checkpoint.tensors.values()
             ]
-            files, config = checkpoint.side_file_map(), checkpoint.config
+            files, length = checkpoint.side_file_map(), self._window(checkpoint)
         shapes = _pruned(specs)
         masks = sum(math.prod(shape) // 8 + _MASK_HEAD for shape in shapes)
         standin = write_standin(
@@ -155,7 +178,7 @@ class Prune:
         packed = 9 * width * sum(map(math.prod, shapes)) // 16 if self.export == "semi-structured" else 0
         parameters = sum(spec.numel for spec in specs)
         pruned = sum(map(math.prod, shapes))
-        tokens = self.samples * window_length(config)
+        tokens = self.samples * length
         passes, copies = 2.0, 1.0
         flops = 0.0
         if isinstance(self.method, MaskProConfig):
@@ -177,8 +200,9 @@ class Prune:
             disk_bytes=folder_bytes(standin) + packed,
             seconds=seconds,
         )
-        read = tuple(entry.source for entry in sources(self.data)) if self.data is not None else ()
-        return Forecast(prediction=cost, model=standin, reads=read)
+        read = [entry.source for entry in sources(self.data)] if self.data is not None else []
+        read += [str(self._first_masks)] if self._first_masks is not None else []
+        return Forecast(prediction=cost, model=standin, reads=tuple(read))
 
     def run(self, models: Mapping[str, Path], workspace: Workspace, progress: Progress) -> Done:
         """Find the masks and write the model; MaskPro goes on from the last durable step."""
@@ -187,13 +211,13 @@ class Prune:
         self.check_data()
         folder = models[self.model]
         method = self.method
-        if isinstance(method, MaskProConfig):
-            method = dataclasses.replace(method, seed=method.seed or workspace.seed)
+        if isinstance(method, MaskProConfig) and method.seed is None:
+            method = dataclasses.replace(method, seed=workspace.seed)
         report = prune_checkpoint(
             folder,
             workspace.checkpoint,
             method,
-            calibration(self, folder, seed=workspace.seed),
+            self.calibration(folder, seed=workspace.seed),
             data=[entry.source for entry in sources(self.data)] if self.data is not None else (),
             device=self.device,
             work=workspace.work,
@@ -204,6 +228,41 @@ class Prune:
         )
         write_json(workspace.folder / PRUNING, report.to_json())
         return Done({"checkpoint": "checkpoint", "pruning": PRUNING}, self.identity())
+
+    def calibration(self, model: str | Path, *, seed: int) -> list[dict[str, Any]]:
+        """Batches of calibration data: `samples` windows, in batches of `batch_size` and what is left.
+
+        Raises:
+            InputError: windows longer than the model; unusable data.
+        """
+        if self.data is None or not self.needs_data:
+            return []
+        with Checkpoint.open(model) as checkpoint:
+            words, length = tokenizer_folder(checkpoint), self._window(checkpoint)
+        (every,) = held_out_batches(
+            self.data, load_tokenizer(words), length=length, batch_size=self.samples, batches=1, seed=seed
+        )
+        starts = range(0, self.samples, self.batch_size)
+        return [
+            {key: rows[start : start + self.batch_size] for key, rows in every.items()} for start in starts
+        ]
+
+    def _window(self, checkpoint: Checkpoint) -> int:
+        """Tokens of a window."""
+        if self.length is None:
+            return window_length(checkpoint.config)
+        text = checkpoint.config.get("text_config") or checkpoint.config
+        positions = text.get("max_position_embeddings") or text.get("n_positions")
+        if self.needs_data and positions and self.length > positions:
+            raise InputError(
+                f"length: {self.length} tokens, and {checkpoint.name} was made for {positions} positions"
+            )
+        return self.length
+
+    @property
+    def _first_masks(self) -> Path | None:
+        """The file of masks that the learning begins with, where `init` names one."""
+        return self.method.masks if isinstance(self.method, MaskProConfig) else None
 
     @property
     def needs_data(self) -> bool:
@@ -217,24 +276,6 @@ class Prune:
                 f"data: {self.method.kind} needs text to calibrate on, and nothing says what `{self.model}` "
                 "was trained on; name tasks or a file"
             )
-
-
-def calibration(
-    stage: Prune, model: str | Path, *, length: int | None = None, seed: int
-) -> list[dict[str, Any]]:
-    """Batches of calibration data, of windows as long as in training unless `length` is given."""
-    if stage.data is None or not stage.needs_data:
-        return []
-    with Checkpoint.open(model) as checkpoint:
-        words, window = tokenizer_folder(checkpoint), length or window_length(checkpoint.config)
-    return held_out_batches(
-        stage.data,
-        load_tokenizer(words),
-        length=window,
-        batch_size=stage.batch_size,
-        batches=-(-stage.samples // stage.batch_size),
-        seed=seed,
-    )
 
 
 def _pruned(specs: Sequence[TensorSpec]) -> list[tuple[int, int]]:

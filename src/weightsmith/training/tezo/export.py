@@ -39,11 +39,11 @@ def changes(optimizer: TeZO) -> dict[str, tuple[Tensor, Tensor]]:
     if any(group["weight_decay"] for group in optimizer.param_groups):
         raise InputError("weight_decay: a model whose own weights shrink is no base and an adapter")
     pieces = optimizer.pieces()
-    trained = {id(optimizer.parameter_of(piece)) for piece in pieces}
-    if any("coefficients" in entry for p, entry in optimizer.state.items() if id(p) not in trained):
-        raise InputError(
-            "a matrix was frozen after it was trained; unfreeze it, as its change is learnt, too"
-        )
+    moving = {id(optimizer.parameter_of(piece)) for piece in pieces}
+    for parameter, entry in optimizer.state.items():
+        if "coefficients" in entry and id(parameter) not in moving:
+            name = optimizer.name_of(parameter)
+            raise InputError(f"{name}: was frozen after it was trained; unfreeze it to export what it learnt")
     return {piece.name: _change(optimizer, piece) for piece in pieces}
 
 

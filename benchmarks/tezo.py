@@ -163,7 +163,7 @@ def agree() -> str:
         # The loop's own draws, put in the place of ours.
         torch.manual_seed(1)
         noise = {id(p): torch.normal(mean=0, std=1, size=p.shape, dtype=p.dtype) for p in apart.parameters()}
-    for piece, _, parameter in optimizer._prepared():
+    for piece, _, parameter in optimizer._prepared().members:
         piece._blocks = lambda step, p=parameter: [(p.data, noise[id(p)].clone(), None)]  # type: ignore
     loop.step()
     optimizer.step(apart)

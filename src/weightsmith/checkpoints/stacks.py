@@ -36,8 +36,11 @@ _PATTERNS = (
     "expert_layer_period",
     "max_window_layers",
 )
-# `embed_out` is the output of GPT-NeoX.
-_FIRST = re.compile(r"(^|\.)(wte|wpe|emb|tok|(?!embed_out\.).*embed.*|word_embeddings.*|shared)\.")
+# `project_in` follows the embedding of OPT, `w` is that of CTRL.
+_FIRST = re.compile(r"(^|\.)(wte|wpe|emb|tok|.*embed.*|word_embeddings.*|shared|project_in|transformer\.w)\.")
+_TOWER = re.compile(r"vision|audio|encoder")
+# The output of GPT-NeoX and the last norm of LFM2, whatever they are called.
+_LAST = re.compile(r"(^|\.)(embed_out|embedding_norm)\.")
 
 WHOLE = "default"
 """The part of a model that is the model itself."""
@@ -80,12 +83,23 @@ class Stack:
 
     def outside(self, names: Collection[str]) -> list[str]:
         """Names outside the layers."""
-        return [name for name in names if not _LAYERED.match(name)]
+        return [name for name in names if not (match := _LAYERED.match(name)) or match[1] != self.prefix]
+
+
+def decoder_stack(model: Checkpoint) -> Stack:
+    """The stack of a decoder's layers; the tower of images or sound beside it may have one of its own.
+
+    Raises:
+        CheckpointError: as `Stack`.
+    """
+    layered = [name for name in model.tensors if _LAYERED.match(name)]
+    inner = [name for name in layered if not _TOWER.search(name)]
+    return Stack(model, inner or layered)
 
 
 def is_first(name: str) -> bool:
     """Whether a tensor outside the layers stands before them (embeddings) and so follows the first slice."""
-    return bool(_FIRST.search(name))
+    return bool(_FIRST.search(name)) and not _LAST.search(name)
 
 
 def restacked(

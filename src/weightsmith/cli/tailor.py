@@ -65,9 +65,25 @@ def register(app: typer.Typer) -> None:
         from weightsmith.recipes.stages.tailor import Tailor
         from weightsmith.recipes.validation import show
         from weightsmith.runs.atomic import write_text
+        from weightsmith.tensors.floats import parse_dtype
 
+        searching = {
+            "task": task,
+            "sparsity": sparsity,
+            "keep-layers": keep_layers,
+            "option": option,
+            "work": work,
+            "ray": ray,
+        }
         if os.path.lexists(out) and not overwrite:
             raise CheckpointError(f"{out}: exists already; choose another output or pass --overwrite")
+        if dtype != "auto":
+            parse_dtype(dtype)
+        if plan is not None and (idle := [name for name, value in searching.items() if value is not None]):
+            raise InputError(f"tailor: --{idle[0]} is for a search, and --plan needs none; leave one out")
+        options = output.key_values(option or ())
+        if twice := [key for key in ("base", "candidates", "workers", "device") if key in options]:
+            raise InputError(f"tailor: --option {twice[0]}: expected an option of the search; see --help")
         candidates = candidate or []
         with bars() as progress:
             if plan is not None:
@@ -76,7 +92,7 @@ def register(app: typer.Typer) -> None:
                 given: dict[str, Any] = {"base": base, "candidates": candidates, "trials": trials}
                 given |= {"tasks": task, "sparsity": sparsity, "keep_layers": keep_layers, "workers": workers}
                 body = {key: value for key, value in given.items() if value is not None}
-                stage, problems = Tailor.parse({**body, **output.key_values(option or ())})
+                stage, problems = Tailor.parse({**body, **options})
                 problems = [*problems, *(stage.problems() if stage else ())]
                 if stage is None or problems:
                     raise InputError(

@@ -142,8 +142,9 @@ def test_choosing_and_dropping_copy_nothing_and_blends_are_computed_once():
     base, candidates = family()
     pool = LayerPool(base, candidates)
     model = pool.assemble(Configuration.of(4, [0], {1: [1]}))
-    assert model.model.layers[0] is candidates[0].model.layers[1]
-    assert model.model.layers[2] is base.model.layers[3]
+    for placed, chosen in ((0, candidates[0].model.layers[1]), (2, base.model.layers[3])):
+        pairs = zip(model.model.layers[placed].parameters(), chosen.parameters(), strict=True)
+        assert all(ours is theirs for ours, theirs in pairs)
     assert pool.num_blended == 0
     blend = Configuration.of(4, [0], {2: [1, 2]}, {2: 0.3})
     first = pool.assemble(blend).model.layers[1]

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from weightsmith.compression.tailoring.pool import LayerPool
 from weightsmith.compression.tailoring.prefix import PrefixCache
 from weightsmith.compression.tailoring.space import Configuration
 
-from .made import KINDS, family, ids, logits
+from .made import KINDS, TOKENS, family, ids, logits, near
 
 
 def variants(depth):
@@ -58,6 +59,22 @@ def test_the_embedding_is_part_of_a_prefix():
         with cache.reading(model, pool.path, configuration):
             logits(model)
     assert cache.num_skipped == 0
+
+
+def test_what_stands_between_the_embedding_and_the_layers_follows_the_embedding():
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=TOKENS, hidden_size=16, ffn_dim=24, num_hidden_layers=6, num_attention_heads=2,
+        word_embed_proj_dim=8, max_position_embeddings=64, init_std=0.2,
+    )  # fmt: skip
+    base = OPTForCausalLM(config).eval()
+    pool, cache = LayerPool(base, [near(base, seed) for seed in (1, 2)]), PrefixCache(1 << 20)
+    for configuration in variants(6):
+        model = pool.assemble(configuration)
+        expected = logits(model)
+        with cache.reading(model, pool.path, configuration):
+            assert torch.equal(logits(model), expected)
+    assert cache.num_skipped > 0
 
 
 def test_few_bytes_keep_few_activations_and_none_keep_none():

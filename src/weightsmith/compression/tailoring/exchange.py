@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.checkpoints import Checkpoint
-from weightsmith.checkpoints.stacks import Stack, is_first
+from weightsmith.checkpoints.stacks import decoder_stack, is_first
 from weightsmith.compression.tailoring.plan import TailorPlan
 from weightsmith.compression.tailoring.space import Configuration, Layer
 from weightsmith.errors import InputError
@@ -117,4 +117,4 @@ def _outside(base: str) -> list[str]:
     """Names of tensors outside of the layers, those before them first."""
     with Checkpoint.open(base) as checkpoint:
         names = [*checkpoint.tensors, *checkpoint.tied]
-        return sorted(Stack(checkpoint, names).outside(names), key=lambda name: (not is_first(name), name))
+        return sorted(decoder_stack(checkpoint).outside(names), key=lambda name: (not is_first(name), name))

@@ -10,9 +10,11 @@ from weightsmith.errors import InputError
 
 Edge = Literal["follow", "base", "mean"]
 Compat = Literal["own", "repo"]
+Choice = Literal["mean", "scaled_mean", "chebyshev"]
 Optimizer = Literal["evolution", "optuna", "smac", "random"]
 OPTIMIZERS: tuple[Optimizer, ...] = ("evolution", "optuna", "smac", "random")
 EDGES: tuple[Edge, ...] = ("follow", "base", "mean")
+CHOICES: tuple[Choice, ...] = ("mean", "scaled_mean", "chebyshev")
 METHOD = "task_arithmetic"
 
 
@@ -46,7 +48,7 @@ class TailorOptions:
     """`all` adds to the paper's starts each model alone without its layers of least block influence."""
     start_share: float = 0.3
     """Share of the trials that starts may take."""
-    select: Literal["mean", "scaled_mean", "chebyshev"] = "mean"
+    select: Choice = "mean"
     """Which plan of the Pareto set is reported: that of the least mean cost over tasks, or of the least mean
     or largest of costs scaled by the bounds seen. Where `smac` is not asked, the search looks for it too."""
     rho: float = 0.05
@@ -73,7 +75,8 @@ class TailorOptions:
             raise InputError(f"min_budget: {self.min_budget}, expected at most max_budget {self.max_budget}")
         if self.eta < 2:
             raise InputError(f"eta: {self.eta}, expected at least 2")
-        for name, known in (("optimizer", OPTIMIZERS), ("edge", EDGES), ("seeds", ("all", "paper"))):
+        words = {"optimizer": OPTIMIZERS, "edge": EDGES, "seeds": ("all", "paper"), "select": CHOICES}
+        for name, known in words.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name}: {getattr(self, name)!r}, expected {', '.join(known)}")
         for method in self.merge_methods:

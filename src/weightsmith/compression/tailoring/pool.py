@@ -245,7 +245,8 @@ class _Parts:
     def layer(self, source: int, number: int) -> PlacedLayer:
         """A layer of the base or of a candidate."""
         if (source, number) not in self._known:
-            self._known[source, number] = PlacedLayer(self._layers[source][number])
+            # Modules of its own: those of a loaded model are its owner's, numbers, mode, hooks and all.
+            self._known[source, number] = PlacedLayer(self._layers[source][number]).copy()
         return self._known[source, number]
 
     def blend(self, number: int, tensors: Mapping[str, Tensor]) -> PlacedLayer:

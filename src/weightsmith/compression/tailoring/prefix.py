@@ -4,8 +4,8 @@ Calibration inputs are the same for every configuration, so what comes out of la
 to j only. It is kept at a few depths; a configuration that begins like an earlier one starts at the deepest
 of them. Kept as computed, so nothing changes by a bit.
 
-Inputs are recognised by their content. Passes that fill a cache of keys and values, and training, go the
-whole way.
+Inputs are recognised by their content. Passes that fill a cache of keys and values or record what layers
+give, and training, go the whole way.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from weightsmith.compression.tailoring.space import Configuration
 
 Key = tuple[str, bytes]
+
+_RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""What is asked of every layer, also of one whose output is known."""
 
 
 class PrefixCache:
@@ -104,6 +107,7 @@ class _Run:
         """
         if (
             module.training
+            or any(kwargs.get(name) or getattr(module.config, name, False) for name in _RECORDED)
             or kwargs.get("past_key_values") is not None
             or kwargs.get("use_cache") is not False
         ):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from weightsmith.checkpoints import Ancestor, Checkpoint, CheckpointWriter, Lineage, TensorSpec
-from weightsmith.checkpoints.stacks import Stack, is_first
+from weightsmith.checkpoints.stacks import decoder_stack, is_first
 from weightsmith.compression.tailoring.layers import kept_config
 from weightsmith.compression.tailoring.plan import TailorPlan
 from weightsmith.errors import CheckpointError, require
@@ -128,7 +128,7 @@ def _check_models(plan: TailorPlan, opened: Sequence[Checkpoint]) -> None:
 def _pieces(plan: TailorPlan, opened: Sequence[Checkpoint], dtype: str | None) -> Iterator[_Piece]:
     """Every tensor of the output, in order."""
     base, configuration = opened[0], plan.configuration
-    stack = Stack(base, list(base.tensors))
+    stack = decoder_stack(base)
     if stack.depth != configuration.depth:
         raise CheckpointError(f"{base.name}: has {stack.depth} layers, the plan is of {configuration.depth}")
 

@@ -18,6 +18,7 @@ Source  arXiv:2506.20480 takes the first b documents of each subtask instead. Th
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -34,7 +35,9 @@ Kind = Literal["exact", "choice", "perplexity", "retained"]
 
 
 class Task(Protocol):
-    """What a configuration is scored on."""
+    """What a configuration is scored on. One with an attribute `digest`, a string that stands for its content,
+    is another task where that is another one.
+    """
 
     @property
     def name(self) -> str:
@@ -104,6 +107,11 @@ class TokenTask:
     def size(self) -> int:
         """Examples that there are."""
         return len(self.examples)
+
+    @property
+    def digest(self) -> str:
+        """Stands for the examples and how they are scored: a log of other ones is another search's."""
+        return hashlib.blake2b(repr((self.kind, self.examples)).encode(), digest_size=16).hexdigest()
 
     def prepare(self, base: Any) -> TokenTask:
         """With the base's own nats, where they are needed."""

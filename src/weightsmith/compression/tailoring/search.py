@@ -30,14 +30,13 @@ from weightsmith.compression.tailoring.book import Book, TailorError
 from weightsmith.compression.tailoring.designs import starts
 from weightsmith.compression.tailoring.evaluator import Evaluator
 from weightsmith.compression.tailoring.evolution import Evolution
-from weightsmith.compression.tailoring.harness import HarnessTask
 from weightsmith.compression.tailoring.objective import choose, pareto
 from weightsmith.compression.tailoring.options import TailorOptions
 from weightsmith.compression.tailoring.plan import Point, TailorPlan
 from weightsmith.compression.tailoring.pool import LayerPool
 from weightsmith.compression.tailoring.scoring import Task, equal_rows, example_order
 from weightsmith.compression.tailoring.smac import SMAC
-from weightsmith.compression.tailoring.sources import Member, Source, members, open_pool
+from weightsmith.compression.tailoring.sources import Member, Source, members, open_pool, sampled
 from weightsmith.compression.tailoring.space import Configuration, Space, num_dropped
 from weightsmith.compression.tailoring.tasks import calibration_tasks
 from weightsmith.compression.tailoring.tpe import TPE
@@ -152,16 +151,20 @@ class TailorSearch:
         tasks = calibration_tasks(
             self._tasks, tokenizer, pool.base.config.to_dict(), examples=options.max_budget
         )
-        tasks = [task.prepare(pool.base) for task in tasks]
+        dense = pool.assemble(Configuration.of(pool.depth))
+        tasks = [task.prepare(dense) for task in tasks]
         orders = {task.name: example_order(task, options.seed) for task in tasks}
         rungs = self._rungs(tasks)
         header = {
             "method": "gptailor",
-            "models": [[member.name, member.fingerprint] for member in known],
-            "tasks": [
-                [task.name, task.size, *([task.digest] if isinstance(task, HarnessTask) else [])]
-                for task in tasks
+            "models": [
+                [member.name, member.fingerprint or sampled(source)]
+                for member, source in zip(known, self._sources, strict=True)
             ],
+            "tasks": [
+                [task.name, task.size, *([task.digest] if hasattr(task, "digest") else [])] for task in tasks
+            ],
+            "dtype": str(pool.base.dtype),
             **asdict(options),
         }
         for word in ("blend_cache_bytes", "prefix_cache_bytes"):  # cost time only

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from weightsmith.compression.tailoring.layers import text_config
 
+_RECORDING = "transformers.utils.output_capturing"
+
 
 class PlacedLayer:
     """A layer and what must be told when it gets another place or other tensors.
@@ -49,9 +51,10 @@ class PlacedLayer:
         for module in self._numbered:
             module.layer_idx = number
 
-    def eval(self) -> None:
-        """Evaluation mode."""
+    def begin(self) -> None:
+        """Evaluation mode, as a layer of a model that has not run."""
         evaluate(self._modules)
+        forget_recording(self._modules)
 
     def copy(self) -> PlacedLayer:
         """Modules of its own around the same tensors and the same config."""
@@ -103,7 +106,7 @@ class Shell:
         """
         for place, layer in enumerate(layers):
             layer.renumber(place)
-            layer.eval()
+            layer.begin()
         setattr(self._body, self._name, nn.ModuleList(layer.layer for layer in layers))
         for name, value in parameters.items():
             for held, key in self._slots[name]:
@@ -111,6 +114,7 @@ class Shell:
         for module in self._modules:
             replace_config(module, config)
         evaluate(self._modules)
+        forget_recording(self._modules)
         return self.model
 
 
@@ -119,6 +123,17 @@ def evaluate(modules: Sequence[Any]) -> None:
     for module in modules:
         if module.training:
             module.training = False
+
+
+def forget_recording(modules: Sequence[Any]) -> None:
+    """Take away the hooks by which transformers records hidden states and attentions. It puts them once on
+    each model, on the layers that it has then; without them it does so again, on those that it has now.
+    """
+    for module in modules:
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
+        hooks = module._forward_hooks
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__module__", None) == _RECORDING]:
+            del hooks[key]
 
 
 def replace_config(module: Any, config: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from weightsmith.compression.tailoring.pool import LayerPool
 
 Source = Union[str, Path, "PreTrainedModel"]
+
+_SAMPLED = 256
+"""Values of a tensor that are looked at to know it again."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,15 @@ def members(base: Source, candidates: Sequence[Source]) -> list[Member]:
     return found
 
 
+def sampled(model: Any) -> str:
+    """What tells a loaded model from others, without reading all of it: names, shapes and some values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in model.named_parameters():
+        some = value.detach().reshape(-1)[:: max(1, value.numel() // _SAMPLED)].float().cpu()
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def open_pool(
     base: Source,
     candidates: Sequence[Source] = (),
@@ -99,7 +112,7 @@ def open_pool(
     tokenizer, models = None, []
     for source in (base, *candidates):
         if not isinstance(source, str | Path):
-            models.append(source.eval())
+            models.append(source)
             continue
         model, words = load_model(source, device=device, dtype=dtype)
         tokenizer = words if not models else tokenizer

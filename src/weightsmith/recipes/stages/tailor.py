@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from weightsmith.checkpoints import Ancestor, Checkpoint, Lineage, TensorSpec
-from weightsmith.checkpoints.stacks import Stack, restacked
+from weightsmith.checkpoints.stacks import decoder_stack, restacked
 from weightsmith.compression.tailoring.options import TailorOptions
 from weightsmith.compression.tailoring.space import num_dropped
 from weightsmith.errors import InputError
@@ -112,7 +112,7 @@ class Tailor(TailorOptions):
                 stack.enter_context(Checkpoint.open(models[name])) for name in (self.base, *self.candidates)
             ]
             base = opened[0]
-            layers = Stack(base, list(base.tensors))
+            layers = decoder_stack(base)
             kept = range(num_dropped(layers.depth, self.sparsity, self.keep_layers), layers.depth)
             names = [
                 *(layers.name(number, rest) for number in kept for rest in layers.rest[number]),

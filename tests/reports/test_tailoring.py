@@ -24,7 +24,7 @@ def trial(number, budget, costs, status="ok"):
 
 
 def test_a_plan_in_words_and_as_boxes():
-    assert plan_words(PLAN, NAMES) == "without 2; 1 × base, 1 × code + english, 1 × english"
+    assert plan_words(PLAN, NAMES) == "without 2; 0 base, 1 0.500 (code + english), 3 english"
     chart = str(draw_plan(PLAN, NAMES))
     assert chart.count('class="gone"') == 1
     assert chart.count('class="cell"') == 4  # the base, two for the blend, one fine-tune

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,14 +96,28 @@ def _tailoring(stage: Stage, plan: Mapping[str, Any], trials: Sequence[Mapping[s
 
 
 def plan_words(configuration: Mapping[str, Any], names: Sequence[str]) -> str:
-    """A plan in one line: what is dropped, and how many layers each model gives."""
-    kept = {layer["layer"] for layer in configuration["layers"]}
-    dropped = [str(layer) for layer in range(configuration["depth"]) if layer not in kept]
-    given: dict[str, int] = {}
-    for layer in configuration["layers"]:
-        given[_source(layer, names)] = given.get(_source(layer, names), 0) + 1
-    parts = ", ".join(f"{count} × {name}" for name, count in given.items())
-    return f"without {', '.join(dropped) or 'none'}; {parts}"
+    """A whole plan in one line: what is dropped, and whose layers stand in the places that are left.
+
+    Example:
+        >>> layers = [{"layer": n, "sources": [1, 2] if n == 2 else [], "weight": 0.4} for n in (0, 1, 2)]
+        >>> plan_words({"depth": 4, "layers": layers}, ["base", "code", "english"])
+        'without 3; 0-1 base, 2 0.400 (code + english)'
+    """
+    kept = {layer["layer"]: _taken(layer, names) for layer in configuration["layers"]}
+    dropped = [str(number) for number in range(configuration["depth"]) if number not in kept]
+    parts = []
+    # Neighbours that are taken alike differ from their places by the same number.
+    by_run = itertools.groupby(enumerate(kept.items()), key=lambda item: (item[1][0] - item[0], item[1][1]))
+    for (_, taken), run in by_run:
+        numbers = [number for _, (number, _) in run]
+        span = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+        parts.append(f"{span} {taken}")
+    return f"without {', '.join(dropped) or 'none'}; {', '.join(parts)}"
+
+
+def _taken(layer: Mapping[str, Any], names: Sequence[str]) -> str:
+    source = _source(layer, names)
+    return f"{layer['weight']:.3f} ({source})" if len(layer["sources"]) > 1 else source
 
 
 def _source(layer: Mapping[str, Any], names: Sequence[str]) -> str:

@@ -170,6 +170,7 @@ def test_the_plan_is_the_best_of_the_highest_budget_and_its_front_is_undominated
     for point in plan.front:
         assert not any(all(trial.costs[task] < point.costs[task] for task in ("one", "two")) for trial in top)
     other = plan.alternative(plan.front[-1].trial)
+    assert other.settings == {**plan.settings, "trial": plan.front[-1].trial}
     assert other.configuration == plan.front[-1].configuration
     with pytest.raises(InputError, match="not in the Pareto set"):
         plan.alternative(10_000)

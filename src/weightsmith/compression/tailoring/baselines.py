@@ -60,8 +60,9 @@ def shortgpt(model: PreTrainedModel, batches: Batches, num_dropped: int) -> Conf
     """The model without the layers of least block influence.
 
     Raises:
-        InputError: nothing would be kept, or there is no batch.
+        InputError: no such number of layers can be dropped, or there is no batch.
     """
+    _check_number(model, num_dropped)
     influence = block_influence(model, batches)
     order = sorted(range(len(influence)), key=lambda layer: (influence[layer], layer))
     return Configuration.of(len(influence), order[:num_dropped])
@@ -71,20 +72,20 @@ def angular_block(model: PreTrainedModel, batches: Batches, num_dropped: int) ->
     """The model without the contiguous block that turns the residual stream least.
 
     Raises:
-        InputError: nothing would be kept, or there is no batch.
+        InputError: no such number of layers can be dropped, or there is no batch.
     """
+    depth = _check_number(model, num_dropped)
     totals: list[float] = []
 
     def look(hidden: list[Tensor]) -> None:
         if not totals:
-            totals.extend([0.0] * max(0, len(hidden) - num_dropped))
+            totals.extend([0.0] * (len(hidden) - num_dropped))
         for begin in range(len(totals)):
             cosine = _cosine(hidden[begin][:, -1], hidden[begin + num_dropped][:, -1]).clamp(-1.0, 1.0)
             totals[begin] += float((torch.arccos(cosine.double()) / math.pi).sum())
 
     _each_batch(model, batches, look)
-    depth = len(model.get_submodule(stack_path(model)))  # type: ignore[arg-type]
-    begin = min(range(len(totals)), key=lambda place: (totals[place], place), default=0)
+    begin = min(range(len(totals)), key=lambda place: (totals[place], place))
     return Configuration.of(depth, range(begin, begin + num_dropped))
 
 
@@ -95,20 +96,19 @@ def greedy(model: PreTrainedModel, batches: Batches, num_dropped: int) -> Config
     Costs (l + (l - 1) + ...) passes over the batches, R terms.
 
     Raises:
-        InputError: nothing would be kept, or there is no batch.
+        InputError: no such number of layers can be dropped, or there is no batch.
     """
+    _check_number(model, num_dropped)
     pool = LayerPool(model)
     gone: list[int] = []
     for _ in range(num_dropped):
         nats = {
             layer: _nats(pool.assemble(Configuration.of(pool.depth, [*gone, layer])), batches)
             for layer in range(pool.depth)
-            if layer not in gone and len(gone) + 1 < pool.depth
+            if layer not in gone
         }
-        if not nats:
-            break
         gone.append(min(nats, key=lambda layer: (nats[layer], layer)))
-    return Configuration.of(pool.depth, gone if len(gone) == num_dropped else range(pool.depth))
+    return Configuration.of(pool.depth, gone)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +155,7 @@ def laco(
     """
     path = stack_path(model)
     layers: Any = model.get_submodule(path)
-    if not 0 <= num_dropped < len(layers):
-        raise InputError(f"{num_dropped} of {len(layers)} layers to drop, expected 0..{len(layers) - 1}")
+    _check_number(model, num_dropped)
     wanted = _last_hidden(model, path, batches)
     while threshold >= _LEAST_THRESHOLD:
         groups = _collapsed(
@@ -251,6 +250,14 @@ def _last_hidden(model: Any, path: str, batches: Batches) -> list[Tensor]:
     found: list[Tensor] = []
     _each_batch(model, batches, lambda hidden: found.append(hidden[-1]), path)
     return found
+
+
+def _check_number(model: nn.Module, num_dropped: int) -> int:
+    """The depth of a model that can lose so many layers."""
+    depth = len(model.get_submodule(stack_path(model)))  # type: ignore[arg-type]
+    if not 0 <= num_dropped < depth:
+        raise InputError(f"{num_dropped} of {depth} layers to drop, expected 0..{depth - 1}")
+    return depth
 
 
 def _each_batch(

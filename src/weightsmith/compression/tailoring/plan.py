@@ -115,7 +115,12 @@ class TailorPlan:
         """
         for point in self.front:
             if point.trial == trial:
-                return dataclasses.replace(self, configuration=point.configuration, costs=point.costs)
+                return dataclasses.replace(
+                    self,
+                    configuration=point.configuration,
+                    costs=point.costs,
+                    settings={**self.settings, "trial": trial},
+                )
         raise InputError(
             f"trial {trial} is not in the Pareto set ({', '.join(str(p.trial) for p in self.front)})"
         )

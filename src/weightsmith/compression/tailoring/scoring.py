@@ -35,8 +35,8 @@ Kind = Literal["exact", "choice", "perplexity", "retained"]
 
 
 class Task(Protocol):
-    """What a configuration is scored on. One with an attribute `digest`, a string that stands for its content,
-    is another task where that is another one.
+    """What a configuration is scored on. Where it has an attribute `digest`, a string that stands for its
+    content, a log knows it by that, too.
     """
 
     @property

@@ -319,6 +319,11 @@ def test_a_stranger_is_called_one(caplog):
     assert not caplog.text
 
 
+def test_strangers_are_told_where_biases_are_0(caplog):
+    LayerPool(gpt2(), [gpt2(seed=1)])
+    assert "deltas larger than the base" in caplog.text
+
+
 def test_a_configuration_of_another_family_is_refused():
     base, candidates = family()
     pool = LayerPool(base, candidates)

@@ -328,6 +328,8 @@ def test_few_examples_are_said_and_rungs_that_are_one_are_run_once(small, caplog
         ({"optimizer": "grid"}, "optimizer: 'grid', expected evolution"),
         ({"edge": "left"}, "edge: 'left'"),
         ({"lambda_range": (1.0, 0.0)}, "lambda_range"),
+        ({"lambda_range": (0.5,)}, r"lambda_range: \(0.5,\), expected \(least, largest\)"),
+        ({"lambda_range": (0.33331, 0.33339)}, "expected .least, largest., in thousandths"),
         ({"merge_methods": ("ties",)}, "merge_methods: 'ties'"),
         ({"trials": 9}, "unexpected keyword argument 'trials'"),
     ],
@@ -335,6 +337,11 @@ def test_few_examples_are_said_and_rungs_that_are_one_are_run_once(small, caplog
 def test_wrong_options_are_refused_before_anything_is_loaded(options, words):
     with pytest.raises(InputError, match=words):
         TailorSearch("nowhere", tasks="source", **options)
+
+
+def test_a_bare_function_is_no_task(small):
+    with pytest.raises(InputError, match=r"tasks: found <.*>, expected names or tasks; .* FunctionTask\("):
+        TailorSearch(small[0], tasks=[lambda model, indices: [1.0]], sparsity=0.25).run()
 
 
 def test_the_number_of_layers_is_asked_for_once(small):

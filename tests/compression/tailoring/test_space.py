@@ -171,3 +171,15 @@ def test_a_configuration_of_wrong_layers_is_refused():
         )
     with pytest.raises(InputError, match="p: not a configuration"):
         Configuration.from_json({"depth": 2}, "p")
+
+
+def test_a_weight_lies_on_the_grid_and_in_the_range():
+    space = Space(depth=4, num_dropped=1, num_candidates=2, low=0.3333, high=0.6667, merge=True)
+    assert [space.weight(value) for value in (0.0, 0.3333, 0.5, 0.6667, 1.0)] == [
+        0.334,
+        0.334,
+        0.5,
+        0.666,
+        0.666,
+    ]
+    assert (space.weights[0], space.weights[-1]) == (0.334, 0.666)

@@ -84,7 +84,10 @@ def warn_of_strangers(names: Sequence[str], layers: Sequence[Sequence[nn.Module]
             other = dict(layers[number][place].named_parameters())
             for name, value in layers[0][place].named_parameters():
                 size = value.detach().float().norm()
-                ratios.append(float((other[name].detach().float() - value.detach().float()).norm() / size))
+                if size > 0:  # biases that are 0 have no ratio
+                    ratios.append(
+                        float((other[name].detach().float() - value.detach().float()).norm() / size)
+                    )
         if ratios and sorted(ratios)[len(ratios) // 2] > 1:
             log.warning(
                 "%s: deltas larger than the base: are these fine-tunes of %s?",

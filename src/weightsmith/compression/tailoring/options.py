@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from weightsmith.compression.tailoring.space import grid
 from weightsmith.errors import InputError
 
 Edge = Literal["follow", "base", "mean"]
@@ -84,9 +85,12 @@ class TailorOptions:
                 raise InputError(f"merge_methods: {method!r}, expected {METHOD}")
         if not 0 < self.start_share <= 1 or not math.isfinite(self.rho) or self.rho < 0:
             raise InputError(f"start_share {self.start_share}, rho {self.rho}: expected 0..1 and 0 or more")
-        low, high = self.lambda_range
-        if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-            raise InputError(f"lambda_range: {self.lambda_range}, expected (least, largest)")
+        try:
+            first, last = grid(*map(float, self.lambda_range))
+        except (TypeError, ValueError, OverflowError):
+            first, last = 1, 0
+        if first > last:
+            raise InputError(f"lambda_range: {self.lambda_range}, expected (least, largest), in thousandths")
 
     def rungs(self, largest: int | None = None) -> tuple[int, ...]:
         """Budgets from the lowest to the highest rung, each once.

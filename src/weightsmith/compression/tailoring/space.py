@@ -194,6 +194,12 @@ def num_dropped(depth: int, sparsity: float | None = None, keep_layers: int | No
     return number
 
 
+def grid(low: float, high: float) -> tuple[int, int]:
+    """The least and the largest lambda of a range, in units of its last digit."""
+    step = 10**DIGITS
+    return math.ceil(low * step - 1e-6), math.floor(high * step + 1e-6)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Space:
     """All configurations of one search.
@@ -234,9 +240,8 @@ class Space:
     @property
     def weights(self) -> tuple[float, ...]:
         """Every lambda that differs from the base."""
-        step = 10**DIGITS
-        first, last = math.ceil(self.low * step - 1e-6), math.floor(self.high * step + 1e-6)
-        return tuple(number / step for number in range(first, last + 1) if number)
+        first, last = grid(self.low, self.high)
+        return tuple(number / 10**DIGITS for number in range(first, last + 1) if number)
 
     @property
     def size(self) -> int:
@@ -247,7 +252,8 @@ class Space:
 
     def weight(self, value: float) -> float:
         """`value` as a lambda of this space."""
-        return round(min(max(value, self.low), self.high), DIGITS)
+        first, last = (number / 10**DIGITS for number in grid(self.low, self.high))
+        return min(max(round(value, DIGITS), first), last)
 
     def configuration(
         self,

@@ -64,6 +64,11 @@ def calibration_tasks(
     found: list[Task] = []
     for entry in given:
         if not isinstance(entry, str | TaskConfig):
+            if not hasattr(entry, "score"):
+                raise InputError(
+                    f"tasks: found {entry!r}, expected names or tasks; a function needs its number of "
+                    "examples: FunctionTask(name, function, size)"
+                )
             found.append(entry)
             continue
         for one in check_tasks(entry):

@@ -9,7 +9,7 @@ import torch
 
 from weightsmith.errors import InputError
 from weightsmith.training import MEAPOptions, meap_mask_inputs
-from weightsmith.training.meap import masking
+from weightsmith.training.meap import masking, selection
 
 MASK = 999
 
@@ -230,12 +230,33 @@ def test_each_mode_has_the_papers_share():
 
 
 @pytest.mark.parametrize("keys", ["uniform", "clustered"])
-def test_thresholds_are_exact_also_where_keys_lie_elsewhere_than_expected(keys):
+def test_the_smallest_keys_are_found_also_where_they_lie_elsewhere_than_expected(keys):
     draws = np.random.default_rng(0)
     low, high = (-(1 << 63), (1 << 63) - 2) if keys == "uniform" else (1 << 60, (1 << 60) + 10**6)
     many = draws.integers(low, high, (7, 3000))
-    many[3, 100:] = masking._NEVER  # not eligible
+    many[3, 100:] = selection.NEVER  # not eligible
     count_B = np.array([3000, 3000, 3000, 100, 3000, 3000, 3000])
-    found = masking._thresholds(many, count_B, 0.15)
-    expected = [np.sort(row)[int(0.15 * count) - 1] for row, count in zip(many, count_B, strict=True)]
+    found = selection._thresholds(many, count_B, 0.15)
+    rows = [row[:count] for row, count in zip(many, count_B, strict=True)]
+    expected = [np.sort(row)[int(0.15 * len(row)) - 1] for row in rows]
     assert found.tolist() == expected
+    chosen = selection._smallest_of_runs(np.concatenate(rows), count_B, 0.15)
+    wanted = [row <= threshold for row, threshold in zip(rows, expected, strict=True)]
+    np.testing.assert_array_equal(chosen, np.concatenate(wanted))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.01, 0.15, 0.97, 1.0])
+@pytest.mark.parametrize("exact_count", [True, False])
+def test_runs_behind_one_another_choose_what_rows_of_a_matrix_do(ratio, exact_count, monkeypatch):
+    monkeypatch.setattr(selection, "_BLOCK", 1000)
+    noise = torch.Generator().manual_seed(3)
+    allowed = torch.rand(40, 300, generator=noise) < torch.rand(40, 1, generator=noise)
+    allowed[:, 7] = True
+    rows, places = np.nonzero(allowed.numpy())
+    counts = np.bincount(rows)
+    for seed in (0, -5, 2**63 - 1):
+        wanted = masking.choose(allowed, ratio, seed, exact_count=exact_count).numpy()
+        found = selection.choose_in_runs(places, counts, ratio, seed, exact_count=exact_count)
+        np.testing.assert_array_equal(found, wanted[rows, places])
+    nothing = np.empty(0, np.int64)
+    assert not len(selection.choose_in_runs(nothing, nothing, ratio, 0, exact_count=exact_count))

@@ -21,7 +21,7 @@ from weightsmith.errors import InputError
 from weightsmith.testbed import write_model_folder
 from weightsmith.testbed.alphabet import EOS, PAD, VOCABULARY
 from weightsmith.training import DataCollatorForMEAP, meap_sft_map, resolve_mask_token, strip_mask_token
-from weightsmith.training.meap.answers import find_answers, weighted_loss
+from weightsmith.training.meap.answers import document_starts, find_answers, weighted_loss
 from weightsmith.training.meap.masking import authors_places
 
 MASK = VOCABULARY["<mask>"]
@@ -286,10 +286,11 @@ def test_special_tokens_of_an_answer_can_be_masked_but_the_one_that_closes_it(to
 
 
 def test_answers_end_before_their_closing_token_and_never_begin_a_document():
-    labels = torch.tensor([[1, 2, -100, 4, 9, 5, 6, 9]])
+    labels = np.array([1, 2, -100, 4, 9, 5, 6, 9])
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
-    found = find_answers(labels, positions, closing={9})
-    assert list(zip(found.start, found.stop, strict=True)) == [(1, 2), (3, 4), (6, 7)]
+    starts = document_starts((1, 8), positions).ravel()
+    found = zip(*find_answers(labels, starts, closing={9}), strict=True)
+    assert list(found) == [(1, 2), (3, 4), (6, 7)]
 
 
 def total(model, made):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from weightsmith.errors import InputError
 from weightsmith.training.encoding import IGNORED, joined, parted
-from weightsmith.training.meap.masking import choose, is_any
+from weightsmith.training.meap.masking import is_any
 from weightsmith.training.meap.options import MEAPOptions
+from weightsmith.training.meap.selection import choose_in_runs
 
 WEIGHTS = "loss_weights"
 """Key of a batch that says what each label counts, where copies count otherwise than originals."""
@@ -30,36 +31,22 @@ _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
 _NOT_BY_TOKEN = (*_LENGTHS, "max_length_q", "max_length_k", "num_items_in_batch")
 
 
-class Answers(NamedTuple):
-    """Answer r is tokens `start[r]` to `stop[r]` of row `row[r]`, its closing token left out; int64 (R,)."""
-
-    row: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-
-
 def find_answers(
-    labels: Tensor, position_ids: Tensor | None = None, closing: Collection[int] = ()
-) -> Answers:
-    """Every run of labels, row by row.
+    labels: np.ndarray, is_start: np.ndarray, closing: Collection[int] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where every run of labels begins, and ends without the token that closes it; int64, (R,) each.
 
     Args:
-        labels: (B, T), -100 outside of answers.
-        position_ids: (B, T), where documents lie behind one another in a row: they start anew at each.
+        labels: (N,), -100 outside of answers; rows lie behind one another.
+        is_start: Bool (N,): the first tokens of rows and of documents in them.
         closing: Ids of tokens that close an answer; one at the end of a run is no part of it.
     """
-    found = labels.cpu().numpy()
-    is_answer = (found != IGNORED) & ~document_starts(found.shape, position_ids)
-    framed = np.pad(is_answer, ((0, 0), (1, 1)))
-    # Runs of a row begin and end in turns.
-    row, edge = _places(framed[:, 1:] != framed[:, :-1])
-    row, start, stop = row[::2], edge[::2], edge[1::2]
-    return Answers(row, start, stop - np.isin(found[row, stop - 1], list(closing)))
-
-
-def _places(found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns, as `np.nonzero` gives them, which looks at a matrix three times slower."""
-    return np.divmod(np.flatnonzero(found), max(1, found.shape[1]))
+    framed = np.zeros(len(labels) + 2, bool)
+    framed[1:-1] = (labels != IGNORED) & ~is_start
+    # No run crosses the edge of a row, whose first token is none; they begin and end in turns.
+    edge = np.flatnonzero(framed[1:] != framed[:-1])
+    start, stop = edge[::2], edge[1::2]
+    return start, stop - np.isin(labels[stop - 1], list(closing))
 
 
 def document_starts(shape: Iterable[int], position_ids: Tensor | None) -> np.ndarray:
@@ -87,24 +74,50 @@ def masked_answers(
         closing: Ids of tokens that close an answer; one at its end is no part of it.
         protected: Ids that are never hidden, and don't count towards an answer's length.
     """
-    labels = batch["labels"].cpu()
-    found = find_answers(labels, batch.get("position_ids"), closing)
+    labels = batch["labels"].cpu().numpy()
+    rows, length = labels.shape
+    is_start = document_starts(labels.shape, batch.get("position_ids"))
+    hidden = _hidden(
+        labels.ravel(),
+        np.arange(rows) * length,
+        is_start.ravel(),
+        options,
+        int(seed),
+        closing=closing,
+        protected=protected,
+    )
+    masked_BT = np.zeros(labels.shape, bool)
+    masked_BT.ravel()[hidden] = True
+    return torch.from_numpy(masked_BT)
+
+
+def _hidden(
+    labels: np.ndarray,
+    begins: np.ndarray,
+    is_start: np.ndarray,
+    options: MEAPOptions,
+    seed: int,
+    *,
+    closing: Collection[int] = (),
+    protected: Collection[int] = (),
+) -> np.ndarray:
+    """Which of the tokens of rows of all lengths, which begin at `begins`, copies hide, in order."""
+    start_R, stop_R = find_answers(labels, is_start, closing)
+    count_R = stop_R - start_R
     # Of all, not of those that may be hidden: no more than a bound, for which no token is looked at.
-    long = found.stop - found.start >= options.min_answer_tokens
-    row_R, start_R, stop_R = (part[long] for part in found)
-    places = np.arange(labels.shape[1])
-    allowed_RT = torch.from_numpy((places >= start_R[:, None]) & (places < stop_R[:, None]))
-    if protected:
-        allowed_RT &= ~is_any(labels[row_R], protected)
-        long = allowed_RT.sum(1) >= options.min_answer_tokens
-        row_R, allowed_RT = row_R[long.numpy()], allowed_RT[long]
-    masked_BT = torch.zeros(labels.shape, dtype=torch.bool)
-    if len(row_R):
-        seed = seed.cpu() if isinstance(seed, Tensor) else seed
-        chosen_RT = choose(allowed_RT, options.ratio, seed, exact_count=options.exact_count)
-        answers, places = _places(chosen_RT.numpy())
-        masked_BT.numpy()[row_R[answers], places] = True
-    return masked_BT
+    long = count_R >= options.min_answer_tokens
+    start_R, count_R = start_R[long], count_R[long]
+    first_R = np.cumsum(count_R) - count_R
+    token_N = np.repeat(start_R - first_R, count_R) + np.arange(count_R.sum())
+    if protected and len(count_R):
+        free_N = ~is_any(torch.from_numpy(labels[token_N]), protected).numpy()
+        free_R = np.add.reduceat(free_N, first_R, dtype=np.int64)
+        long = free_R >= options.min_answer_tokens
+        token_N = token_N[free_N & np.repeat(long, count_R)]
+        start_R, count_R = start_R[long], free_R[long]
+    begin_R = begins[np.searchsorted(begins, start_R, side="right") - 1]
+    places = token_N - np.repeat(begin_R, count_R)
+    return token_N[choose_in_runs(places, count_R, options.ratio, seed, exact_count=options.exact_count)]
 
 
 def with_copies(
@@ -174,15 +187,18 @@ def meap_sft_map(
     if not np.array_equal(lengths, counts):
         row = int(np.flatnonzero(lengths != counts)[0])
         raise InputError(f"row {row} has {lengths[row]} input_ids and {counts[row]} labels: expected as many")
-    is_token = np.arange(lengths.max(initial=0)) < lengths[:, None]
-    labels_BT = np.full(is_token.shape, IGNORED, np.int64)
-    labels_BT[is_token] = labels
-    masked = masked_answers({"labels": torch.from_numpy(labels_BT)}, chosen, seed, protected=protected_ids)
-    has_copy, hidden = masked.any(1).tolist(), masked.numpy()[is_token]
+    stops = np.cumsum(lengths)
+    begins = stops - lengths
+    is_start = np.zeros(len(labels), bool)
+    is_start[begins[lengths > 0]] = True
+    hidden = _hidden(labels, begins, is_start, chosen, seed, protected=protected_ids)
+    has_copy = (np.searchsorted(hidden, stops) > np.searchsorted(hidden, begins)).tolist()
+    masked_ids, masked_labels = ids.copy(), np.full_like(labels, IGNORED)
+    masked_ids[hidden], masked_labels[hidden] = mask_token_id, labels[hidden]
     columns: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
         **{key: (column, column) for key, column in examples.items()},
-        "input_ids": (parted(ids, lengths), parted(np.where(hidden, mask_token_id, ids), lengths)),
-        "labels": (parted(labels, lengths), parted(np.where(hidden, labels, IGNORED), lengths)),
+        "input_ids": (parted(ids, lengths), parted(masked_ids, lengths)),
+        "labels": (parted(labels, lengths), parted(masked_labels, lengths)),
     }
     return {
         key: [

@@ -13,7 +13,6 @@ Letters  B rows, T tokens of a row, K masked tokens of a row, N eligible ones
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Collection
 from typing import Literal, overload
@@ -24,12 +23,20 @@ from torch import Tensor
 
 from weightsmith.errors import InputError
 from weightsmith.training.meap.options import check_ratio
+from weightsmith.training.meap.selection import (
+    GOLDEN,
+    LOWEST,
+    NEVER,
+    ROUNDS,
+    WORD,
+    chance,
+    choose_in_rows,
+    masked_count,
+)
 
-_WORD = 1 << 64
-_GOLDEN = 0x9E3779B97F4A7C15 - _WORD
-_ROUNDS = ((30, 0xBF58476D1CE4E5B9 - _WORD), (27, 0x94D049BB133111EB - _WORD))
-_NEVER = (1 << 63) - 1  # the key of a place that is not eligible
-_BLOCK = 1 << 17  # keys at a time on the CPU
+# torch's integers have a sign.
+_GOLDEN = GOLDEN - WORD
+_ROUNDS = tuple((shift, factor - WORD) for shift, factor in ROUNDS)
 
 
 @overload
@@ -110,7 +117,7 @@ def meap_mask_inputs(
             "meap_mask_inputs needs either `seed` or `generator`: no global generator is touched"
         )
     if generator is not None:
-        seed = torch.randint(-(1 << 63), _NEVER, (), generator=generator, device=generator.device)
+        seed = torch.randint(LOWEST, NEVER, (), generator=generator, device=generator.device)
     assert seed is not None
     if allowed is None and exclude_last:
         allowed_T = torch.arange(input_ids.shape[1], device=input_ids.device) < input_ids.shape[1] - 1
@@ -140,26 +147,19 @@ def choose(
         return torch.zeros_like(allowed)
     if ratio == 1:
         return allowed.clone()
-    # NumPy has in-place arithmetic and a faster selection; a graph has to be torch all through.
+    # A graph has to be torch all through.
     if exact_count and allowed.device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.from_numpy(_choose_on_cpu(allowed.numpy(), ratio, int(seed), per_row))
+        return torch.from_numpy(choose_in_rows(allowed.numpy(), ratio, int(seed), per_row))
     keys = position_keys(allowed.shape, seed, per_row, allowed.device)
     if not exact_count:
-        return (keys < math.floor(ratio * _WORD) - (1 << 63)) & allowed
-    keys = torch.where(allowed, keys, _NEVER)
+        return (keys < chance(ratio)) & allowed
+    keys = torch.where(allowed, keys, NEVER)
     count_B = allowed.sum(1)
     wanted_B = (count_B.double() * ratio + 1e-9).floor().long().clamp(min=1)
     # No row has more than this many, so the shape needs no look at the counts.
     smallest = keys.topk(masked_count(allowed.shape[1], ratio), dim=1, largest=False).values
     threshold_B1 = smallest.gather(1, wanted_B[:, None] - 1)
     return (keys <= threshold_B1) & allowed
-
-
-def masked_count(eligible: int, ratio: float) -> int:
-    """K for a number of eligible tokens; exact where a product such as 0.1 x 30 falls short of 3."""
-    if eligible == 0 or ratio == 0:
-        return 0
-    return max(1, math.floor(ratio * eligible + 1e-9))
 
 
 def without_last(allowed: Tensor) -> Tensor:
@@ -240,61 +240,4 @@ def mixed(state: Tensor) -> Tensor:
 
 def signed(number: int) -> int:
     """A number modulo 2^64 as torch stores it."""
-    return (number + (1 << 63)) % _WORD - (1 << 63)
-
-
-def _choose_on_cpu(allowed: np.ndarray, ratio: float, seed: int, per_row: bool) -> np.ndarray:
-    """`choose` with the same keys; some rows at a time, in the same memory, which stays in the cache."""
-    rows, length = allowed.shape
-    golden = np.uint64(_GOLDEN % _WORD)
-    row_B = np.arange(1, (rows if per_row else 1) + 1, dtype=np.uint64) * golden + np.uint64(seed % _WORD)
-    _mix_on_cpu(row_B, np.empty_like(row_B))
-    row_B = np.broadcast_to(row_B, rows)
-    place_T = np.arange(length, dtype=np.uint64) * golden
-    mask = np.empty(allowed.shape, bool)
-    block = max(1, _BLOCK // length)
-    memory, scratch = np.empty((2, min(block, rows), length), np.uint64)
-    for first in range(0, rows, block):
-        some, chosen = allowed[first : first + block], mask[first : first + block]
-        unsigned = memory[: len(some)]
-        np.add(row_B[first : first + block, None], place_T, out=unsigned)
-        _mix_on_cpu(unsigned, scratch[: len(some)])
-        keys = unsigned.view(np.int64)
-        np.putmask(keys, ~some, _NEVER)
-        threshold_B = _thresholds(keys, np.count_nonzero(some, axis=1), ratio)
-        np.less_equal(keys, threshold_B[:, None], out=chosen)
-        chosen &= some
-    return mask
-
-
-def _mix_on_cpu(state: np.ndarray, scratch: np.ndarray) -> None:
-    for shift, factor in _ROUNDS:
-        np.right_shift(state, np.uint64(shift), out=scratch)
-        np.bitwise_xor(state, scratch, out=state)
-        np.multiply(state, np.uint64(factor % _WORD), out=state)
-    np.right_shift(state, np.uint64(31), out=scratch)
-    np.bitwise_xor(state, scratch, out=state)
-
-
-def _thresholds(keys: np.ndarray, count_B: np.ndarray, ratio: float) -> np.ndarray:
-    """The K-th smallest of each row's `count_B` uniform keys, looked for where it almost surely is."""
-    wanted_B = np.array([masked_count(count, ratio) for count in count_B.tolist()])
-    share_B = wanted_B / np.maximum(count_B, 1)
-    spread_B = 6 * np.sqrt(share_B * (1 - share_B) / np.maximum(count_B, 1))
-    low_B1, high_B1 = (
-        (np.clip(edge_B, 0.0, 1.0) * (_WORD - 2048)).astype(np.uint64)[:, None] ^ np.uint64(1 << 63)
-        for edge_B in (share_B - spread_B, share_B + spread_B)
-    )
-    low_B1, high_B1 = low_B1.view(np.int64), high_B1.view(np.int64)
-    is_near = keys >= low_B1
-    place_B = wanted_B - (keys.shape[1] - np.count_nonzero(is_near, axis=1)) - 1
-    is_near &= keys < high_B1
-    size_B = np.count_nonzero(is_near, axis=1)
-    near = np.full((len(keys), int(size_B.max(initial=0)) + 1), _NEVER)
-    near[np.arange(near.shape[1]) < size_B[:, None]] = keys[is_near]
-    near.sort(axis=1)
-    found = np.take_along_axis(near, np.clip(place_B, 0, near.shape[1] - 1)[:, None], axis=1)[:, 0]
-    found[wanted_B == 0] = -(1 << 63)
-    for row in np.flatnonzero((wanted_B > 0) & ((place_B < 0) | (place_B >= size_B))).tolist():
-        found[row] = np.partition(keys[row], wanted_B[row] - 1)[wanted_B[row] - 1]
-    return found
+    return (number - LOWEST) % WORD + LOWEST

@@ -7,12 +7,13 @@ Method   Each group's mask is N draws without replacement by the softmax of its 
              r = f(drawn mask) - f(reference mask), the same batch
              π ← π - η (r - δ) ∇ log P(drawn mask | π);   δ ← α δ + (1 - α) r, after the step
 
-         The final mask keeps the N largest logits of each group. Weights never change.
+         The learnt mask keeps the N largest logits of each group. Weights never change.
 Source   MaskPro, arXiv:2506.12876. CONFIRMED: the residual, its tracker, α, C and η. RECONSTRUCTED: when the
          reference is made anew, `auto` of scale and rate, several samples a step, any N:M.
 Departs  δ is that of before the step (public code uses the new one: the same η but for 1 %). The first step
          draws a mask (`first_mask: init` tries the first one itself, as public code does). The score is
-         exact where a group has all but decided.
+         exact where a group has all but decided. A learnt mask that is worse on its own data than the first
+         one is not kept (`keep: learnt` does).
 Cost     One forward pass a step (one more on each batch's first turn, or in each step with `online`); one
          logit (with `certainty` two numbers) and one copy of each pruned weight, in memory.
 """
@@ -26,7 +27,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -54,10 +55,12 @@ class MaskProReport:
     Attributes:
         steps: Steps done, of this run and those before that it went on from.
         groups: Groups of M weights.
-        changed: Share of the groups whose final mask is not the first one.
+        kept: Which mask came out: the `learnt` one, or the `first`, where that is better and `keep` says so.
+        changed: Share of the groups whose final mask, the one that came out, is not the first one.
         changed_by_parameter: The same for each parameter.
         first_loss: Mean loss of the first mask over one pass of the data.
-        final_loss: That of the final mask: the N largest logits, not a random one.
+        learnt_loss: That of the learnt mask: the N largest logits, not a random one.
+        final_loss: That of the mask that came out.
         lr: η that was used.
         init_scale: C that was used.
         losses: Mean loss of the random masks of each step.
@@ -69,9 +72,11 @@ class MaskProReport:
 
     steps: int
     groups: int
+    kept: Literal["learnt", "first"]
     changed: float
     changed_by_parameter: dict[str, float]
     first_loss: float
+    learnt_loss: float
     final_loss: float
     lr: float
     init_scale: float
@@ -178,11 +183,13 @@ class MaskProPruner:
                             state.save(file, self.config, self._weights)
                     raise
                 report = self._report(steps, batches)
+                if file is not None and state.fell_back:
+                    state.save(file, self.config, self._weights)
             progress.done()
         return report
 
     def masks(self) -> Masks:
-        """The masks of the largest logits, exactly N of M in each group; see also `certainty`.
+        """The masks of the largest logits, exactly N of M in each group; see also `certainty` and `keep`.
 
         Raises:
             InputError: `fit` or `load` comes first.
@@ -233,7 +240,8 @@ class MaskProPruner:
         self._learner = Learner(state.logits, self.config, state.spread)
 
     def _chosen(self) -> dict[str, Tensor]:
-        return learnt(*self._running(), self.config)
+        state, learner = self._running()
+        return state.first if state.fell_back else learnt(state, learner, self.config)
 
     def _given(self) -> tuple[dict[str, Tensor], int] | None:
         """First masks from elsewhere, and how many of their groups had to be completed."""
@@ -278,6 +286,7 @@ class MaskProPruner:
     ) -> None:
         """The steps that are left, and a save every now and then."""
         state, _ = self._running()
+        state.fell_back = False
         turns = again_and_again(batches, state)
         due = time.monotonic() + _SAVE_SECONDS
         while state.step < self.config.steps:
@@ -291,24 +300,30 @@ class MaskProPruner:
                 due = now + took + max(_SAVE_SECONDS, _SAVE_SHARE * took)
 
     def _report(self, steps: Steps, batches: Iterable[Batch]) -> MaskProReport:
-        state, final = self._running()[0], self._chosen()
-        losses = [steps.mean_loss(codes, batches) for codes in (state.first, final)]
-        if losses[1] > losses[0]:
+        state, learner = self._running()
+        first_loss = steps.mean_loss(state.first, batches)
+        learnt_loss = steps.mean_loss(learnt(state, learner, self.config), batches)
+        if math.isfinite(first_loss) and not learnt_loss <= first_loss:
+            state.fell_back = self.config.keep == "better"
+            what = 'the first is kept (`keep="learnt"` takes the other)' if state.fell_back else "it is kept"
             warnings.warn(
-                f"the learnt mask has a loss of {losses[1]:.5g}, the first one {losses[0]:.5g}: too few "
-                "steps for so many groups, or batches too small; `certainty: 3` changes only groups that are "
-                "sure",
+                f"the learnt mask has a loss of {learnt_loss:.5g}, the first one {first_loss:.5g}: {what}. "
+                "Too few steps for so many groups, or batches too small; `certainty: 3` changes only groups "
+                "that are sure",
                 stacklevel=4,
             )
+        final = self._chosen()
         differ = {name: int((codes != state.first[name]).sum()) for name, codes in final.items()}
         groups = sum(target.groups for target in self._targets)
         return MaskProReport(
             steps=state.step,
             groups=groups,
+            kept="first" if state.fell_back else "learnt",
             changed=sum(differ.values()) / groups,
             changed_by_parameter={t.name: differ[t.name] / t.groups for t in self._targets},
-            first_loss=losses[0],
-            final_loss=losses[1],
+            first_loss=first_loss,
+            learnt_loss=learnt_loss,
+            final_loss=first_loss if state.fell_back else learnt_loss,
             lr=state.lr if state.lr is not None else math.nan,
             init_scale=state.scale,
             losses=tuple(state.losses),

@@ -171,6 +171,8 @@ class MaskProConfig(NMOptions):
             of what noise alone moves them; 0 takes the largest logits, as the paper does. Ours, experimental:
             3 held a run that was short for its groups near its first mask, and kept back some of a long
             one's gain.
+        keep: What comes out where the learnt mask has a larger loss on the data than the first one: the
+            `better` of the two, or what was `learnt`. Ours; the paper keeps what was learnt.
         repair: Complete first masks from a file whose groups don't keep exactly N.
         seed: Decides all masks; 0 by default, in a recipe what follows from its seed and the stage's name.
     """
@@ -189,6 +191,7 @@ class MaskProConfig(NMOptions):
     refresh_reference: bool = True
     first_mask: Literal["sample", "init"] = "sample"
     certainty: float = 0.0
+    keep: Literal["better", "learnt"] = "better"
     repair: bool = False
     seed: int | None = None
 
@@ -272,6 +275,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "estimator": ("tracked", "residual", "baseline", "loss"),
     "reference": ("cached", "online"),
     "first_mask": ("sample", "init"),
+    "keep": ("better", "learnt"),
 }
 
 KINDS: Mapping[str, type[NMOptions]] = {

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from weightsmith.errors import InputError
 from weightsmith.training.tezo.branch import Branches
+from weightsmith.training.tezo.low_rank import LowRankPiece
 from weightsmith.training.tezo.options import ZerothOrderOptions
-from weightsmith.training.tezo.pieces import LowRankPiece, Piece, Step
+from weightsmith.training.tezo.pieces import Piece, Step
 
 Member = tuple[Piece, dict[str, Any], Tensor]
 """A piece with its parameter group and its parameter."""
@@ -94,7 +95,6 @@ class Sweeps:
                     undo=-piece.offset,
                 )
             )
-            piece.offset = 0.0
 
     def is_branched(self, parameter: Tensor) -> bool:
         """Whether probes leave this parameter alone and add to what its modules return."""

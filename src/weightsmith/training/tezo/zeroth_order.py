@@ -3,8 +3,8 @@
     probe    W + rho Z, loss; W - rho Z, loss of the same batch with the same random numbers
     step     from there back to W and along Z, in one sweep
 
-What Z is and what the variants make of it, `pieces.py` says. Weights come back after an exception, a loss
-that is not finite, and a probe without a step. State holds no weights and no directions.
+What Z is and what the variants make of it, `pieces.py` and `low_rank.py` say. Weights come back after an
+exception, a loss that is not finite, and a probe without a step. State holds no weights and no directions.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from weightsmith.training.sharded import local
 from weightsmith.training.tezo.advice import Advice
 from weightsmith.training.tezo.layout import Moving, check_state, make_pieces, moving
 from weightsmith.training.tezo.losses import NEEDS_CLOSURE, ZerothOrderStats, agreed, loss_of
+from weightsmith.training.tezo.low_rank import CPPiece
 from weightsmith.training.tezo.noise import hashed
 from weightsmith.training.tezo.options import (
     RATES,
@@ -38,7 +39,7 @@ from weightsmith.training.tezo.options import (
     check_group,
     check_rates,
 )
-from weightsmith.training.tezo.pieces import CPPiece, Piece
+from weightsmith.training.tezo.pieces import Piece
 from weightsmith.training.tezo.shares import check_sharded, drop_gathered
 from weightsmith.training.tezo.states import Run, check_run, run_of
 from weightsmith.training.tezo.sweeps import Sweeps, uninterrupted
@@ -128,6 +129,9 @@ class ZerothOrder(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, weight: float = 1.0) -> Any:  # pyrefly: ignore
         """Probe with a closure and step; or, without one, the step of the probes before.
+
+        Whatever fails, no weight is left at a probe. Where memory runs out in the middle of the last sweep,
+        some weights have made their step and others not.
 
         Args:
             closure: As for `probe`.

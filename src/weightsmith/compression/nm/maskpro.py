@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from weightsmith.compression.nm.batches import Batch, causal_loss, data_digest
 from weightsmith.compression.nm.files import codes_from, read_masks
 from weightsmith.compression.nm.learner import Learner, first_logits
-from weightsmith.compression.nm.masked import MaskedWeights, mask_of, masked
+from weightsmith.compression.nm.masked import MaskedWeights, mask_of
 from weightsmith.compression.nm.oneshot import Mask, Masks, evaluating, masks_of, one_shot, unchanged
 from weightsmith.compression.nm.options import KINDS, MaskProConfig
 from weightsmith.compression.nm.state import STATE_FILE, State, weights_digest
@@ -44,6 +44,7 @@ from weightsmith.compression.nm.steps import LossFn, Steps, again_and_again, lea
 from weightsmith.compression.nm.targets import find_targets
 from weightsmith.errors import InputError, SystemFault
 from weightsmith.runs.progress import SILENT, Progress
+from weightsmith.tensors.zeros import masked
 
 _SAVE_SECONDS, _SAVE_SHARE = 30.0, 20.0
 

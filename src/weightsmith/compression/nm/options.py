@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from weightsmith.checkpoints.folder import MASKS_FILE
+from weightsmith.checkpoints.masks import masks_file
 from weightsmith.compression.nm.pattern import Pattern
 from weightsmith.errors import InputError, nearest
 
@@ -245,12 +245,6 @@ class MaskProConfig(NMOptions):
         n, m = self.nm.n, self.nm.m
         rate = change_rate(groups) if self.change_rate is None else self.change_rate
         return math.log((m - n) * sum(1 / k for k in range(1, n + 1)) / rate)
-
-
-def masks_file(source: str | Path) -> Path:
-    """Where the masks of a file, or of a pruned checkpoint's folder, lie."""
-    path = Path(source).expanduser()
-    return path / MASKS_FILE if path.is_dir() else path
 
 
 LARGEST_LOGIT = 40.0

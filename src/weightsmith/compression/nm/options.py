@@ -26,8 +26,10 @@ class NMOptions:
 
     Attributes:
         pattern: N:M, the number of weights KEPT of each M consecutive inputs.
-        targets: Patterns of the modules to prune; all linear layers where none is given. A pattern is a glob
-            over whole parts of a name: `q_proj`, `layers.0`, `layers.*.mlp`.
+        targets: Patterns of the modules to prune; all linear layers where none is given, and of a model that
+            also reads images or sound those in the layers of its text decoder: calibration is by text, so
+            the others need `magnitude`. A pattern is a glob over whole parts of a name: `q_proj`, `layers.0`,
+            `layers.*.mlp`, `vision_tower`.
         ignore: Patterns of modules and stacks to leave dense. The output layer and routers stay dense in any
             case, routers unless `targets` names them themselves.
         experts: Patterns of parameters that stack matrices, with the axis of their inputs: the layouts of

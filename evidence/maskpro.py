@@ -186,11 +186,11 @@ def one_shot(problem: Problem, name: str) -> dict[str, Any]:
 def learnt(
     problem: Problem, rate: float, batches: Sequence[Any] | None = None, **options: Any
 ) -> dict[str, Any]:
-    """A run of MaskPro, judged by its final mask."""
+    """A run of MaskPro, judged by the mask that it learnt, better than the first one or not."""
     model = copy.deepcopy(problem.model)
     config = MaskProConfig(
         **(
-            {"init": "magnitude", "init_scale": "auto", "lr": rate, "steps": problem.steps}
+            {"init": "magnitude", "init_scale": "auto", "lr": rate, "steps": problem.steps, "keep": "learnt"}
             | problem.choice
             | options
         )

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file as save_torch
 
 from weightsmith.checkpoints import Checkpoint
+from weightsmith.checkpoints.folder import MASKS_FILE, resolve
 from weightsmith.errors import CheckpointError, InputError, SystemFault
 from weightsmith.tensors.floats import BLOCK
 
@@ -307,6 +308,57 @@ def test_a_hub_id_in_the_local_cache_is_opened_without_the_hub(monkeypatch, writ
         assert checkpoint.name == "owner/model@v1"
     assert (asked["repo"], asked["revision"], asked["local_files_only"]) == ("owner/model", "v1", True)
     assert not any("bin" in pattern for pattern in asked["allow_patterns"])
+
+
+class Hub:
+    """A folder that stands in for a hub model: `snapshot_download` copies what its patterns let through."""
+
+    def __init__(self, published, cache):
+        self.published, self.cache, self.asked = published, cache, []
+
+    def __call__(self, repo, *, revision, allow_patterns, ignore_patterns=None, local_files_only):
+        from huggingface_hub.utils import filter_repo_objects
+
+        self.asked.append((revision, tuple(allow_patterns)))
+        files = [str(f.relative_to(self.published)) for f in self.published.rglob("*") if f.is_file()]
+        snapshot = self.cache / "snapshots" / ("c" * 40)
+        if not local_files_only:
+            for name in filter_repo_objects(
+                files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            ):
+                (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(self.published / name, snapshot / name)
+        return str(snapshot)
+
+
+@pytest.mark.parametrize("lineage", [True, False])
+@pytest.mark.parametrize("pruned", [True, False])
+def test_the_masks_of_a_pruned_hub_model_come_with_its_weights(
+    monkeypatch, write_model, tensors, tmp_path, lineage, pruned
+):
+    import huggingface_hub
+
+    published = write_model("published", tensors)
+    (published / "onnx").mkdir()
+    (published / "onnx" / "model.safetensors").write_bytes(b"another model")
+    (published / "weightsmith").mkdir()
+    (published / "weightsmith" / "other.safetensors").write_bytes(b"something else of ours")
+    if pruned:
+        (published / MASKS_FILE).write_bytes(b"masks")
+    if lineage:
+        (published / "weightsmith.json").write_text("{}")
+    hub = Hub(published, tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    monkeypatch.chdir(tmp_path)
+    folder, _ = resolve("owner/model@v1")
+    assert (folder / MASKS_FILE).is_file() == (lineage and pruned)
+    inside = {str(file.relative_to(folder)) for file in folder.rglob("*/*.safetensors")}
+    assert inside == ({MASKS_FILE} if lineage and pruned else set())
+    # One more question, and only about models that may be pruned ones of ours.
+    assert hub.asked[1:] == ([("c" * 40, (MASKS_FILE,))] if lineage else [])
+    resolve("owner/model@v1", weights=False)
+    resolve("owner/model@v1", offline=True)
+    assert sum(patterns == (MASKS_FILE,) for _, patterns in hub.asked) == lineage + (lineage and not pruned)
 
 
 def test_a_stage_checkpoint_is_called_by_its_stage(write_model, tensors):

@@ -7,8 +7,8 @@ from tests.recipes.conftest import small_model
 from typer.testing import CliRunner
 
 from weightsmith.cli.main import Interrupted, app
-from weightsmith.compression import MaskProPruner, read_masks
-from weightsmith.compression.nm.state import STATE_FILE
+from weightsmith.compression import read_masks
+from weightsmith.compression.nm.steps import Steps
 from weightsmith.errors import CheckpointError, InputError
 
 
@@ -82,17 +82,16 @@ def test_an_option_of_the_method_is_not_overruled_by_a_default(model):
 def test_a_killed_maskpro_goes_on_without_being_told_where_its_state_lies(model, monkeypatch):
     words = [model / "model", model / "out", "--method", "maskpro", "--data", model / "a.txt"]
     words += ["--option", "init=magnitude", "--option", "steps=4", "--samples", "3", "--length", "16"]
-    usual, steps = MaskProPruner._step, []
+    usual, steps = Steps.take, []
 
-    def step(self, state, *arguments):
+    def take(self, turn):
         if len(steps) == 2:
-            state.save(model / "out.work" / STATE_FILE, self.config, self._weights)
             steps.append(None)
             raise KeyboardInterrupt
-        steps.append(state.step)
-        usual(self, state, *arguments)
+        steps.append(self._state.step)
+        usual(self, turn)
 
-    monkeypatch.setattr(MaskProPruner, "_step", step)
+    monkeypatch.setattr(Steps, "take", take)
     assert isinstance(run(*words).exception, Interrupted)
     assert (model / "out.work").is_dir()
     assert run(*words).exit_code == 0

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from weightsmith.checkpoints import Checkpoint
@@ -208,6 +209,33 @@ def test_a_pruned_model_stays_pruned_when_it_is_trained_further(tuned):
             assert read_masks(folder).keys() == masks.keys()
     assert "the merged adapter is masked again" in warned["adapted"]
     assert not warned["tuned"]
+
+
+def test_a_pruned_model_of_the_hub_stays_pruned_too(tuned, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    stages, _ = tuned
+    published = stages / "sparse" / "checkpoint"
+
+    def download(repo, *, allow_patterns, ignore_patterns=None, **_):
+        snapshot = tmp_path / "snapshot"
+        names = [str(file.relative_to(published)) for file in published.rglob("*") if file.is_file()]
+        chosen = filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        for name in chosen:
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(published / name, snapshot / name)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    words = "{model: owner/sparse, data: FOLDER/b.txt, sequence_length: 32, batch_size: 2, steps: 2}"
+    page = page_of(tmp_path, f"name: tiny\nstages:\n  tuned: {{finetune: {words}}}\n")
+    run_recipe(page(), root=tmp_path / "runs", executor=Inline())
+    made = tmp_path / "runs" / "tiny" / "stages" / "tuned" / "checkpoint"
+    masks = read_masks(published)
+    with Checkpoint.open(made) as after:
+        assert not any(after.read(name)[~mask.kept.reshape(-1).numpy()].any() for name, mask in masks.items())
+    assert read_masks(made).keys() == masks.keys()
 
 
 def test_zeros_go_where_the_page_lets_them(tuned):

@@ -51,6 +51,11 @@ def test_learning_is_drawn_with_each_fixed_mask_as_a_line():
     assert "2.000 → 1.700" in chart
     assert "nan" not in chart
     assert made.words.endswith("In 7 steps the masks of 25 % of 16 groups changed.")
+    for worse, said in ((2.5, "2.5"), (None, "no finite number")):
+        fallen = learning | {"kept": "first", "learnt_loss": worse}
+        words = _pruning(Stage(), {**RECORD, "losses": losses, "learning": fallen}).words
+        assert f"The learnt mask has a loss of {said} on" in words
+        assert words.endswith("the first one’s, which is kept.")
 
 
 def test_masks_without_a_finite_loss_are_no_lines_and_those_left_out_are_told():

@@ -25,9 +25,11 @@ from weightsmith.training import (
     memory_report,
     write_adapter,
 )
+from weightsmith.training.tezo import pieces as blockwise
 from weightsmith.training.tezo.export import changes
+from weightsmith.training.tezo.low_rank import CPPiece, LowRankPiece
 from weightsmith.training.tezo.noise import ShortNormals, generator, philox
-from weightsmith.training.tezo.pieces import BLOCK, CPPiece, DensePiece
+from weightsmith.training.tezo.pieces import BLOCK, DensePiece
 from weightsmith.training.tezo.ranks import numeric_rank
 
 FAMILY = {
@@ -623,6 +625,59 @@ def test_a_sweep_that_breaks_off_leaves_no_weight_behind(method, restore, sweep,
     optimizer.step(lambda: loss_of(point))
     for name in still:
         torch.testing.assert_close(point[name], before[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "options"),
+    [
+        ("MeZO", torch.float32, {}),
+        ("MeZO-Adam", torch.bfloat16, {"weight_decay": 0.1}),
+        # Only factors of another dtype are multiplied block by block.
+        ("TeZO", torch.bfloat16, {"factor_dtype": "float32", "weight_decay": 0.1}),
+        ("TeZO-Adam", torch.float32, {}),
+        ("TeZO-Lion", torch.bfloat16, {"factor_dtype": "float32"}),
+    ],
+)
+def test_memory_that_runs_out_between_two_blocks_leaves_no_weight_at_a_probe(
+    method, dtype, options, monkeypatch
+):
+    monkeypatch.setattr(blockwise, "BLOCK", 8)
+    drawn, fails_at = 0, 0
+
+    def failing(blocks):
+        def watched(self, *args):
+            nonlocal drawn
+            for block in blocks(self, *args):
+                drawn += 1
+                if drawn == fails_at:
+                    raise torch.OutOfMemoryError
+                yield block
+
+        return watched
+
+    monkeypatch.setattr(DensePiece, "_blocks", failing(DensePiece._blocks))
+    monkeypatch.setattr(LowRankPiece, "_rows", failing(LowRankPiece._rows))
+
+    def attempt(at):
+        nonlocal drawn, fails_at
+        point = small(dtype)
+        before = {name: p.detach().clone() for name, p in point.items()}
+        # Steps of a thousandth beside probes of two.
+        optimizer = made(method, point, lr=1e-3, rho=2.0, clip=0.1, **options)
+        optimizer.pieces()
+        drawn, fails_at = 0, at
+        try:
+            optimizer.step(lambda: loss_of(point))
+        except torch.OutOfMemoryError:
+            assert optimizer.step_count == 0
+        moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in point.items()}
+        assert max(moved.values()) < 0.1, (at, moved)
+        return drawn
+
+    blocks = attempt(0)
+    assert blocks > 20
+    for at in range(1, blocks + 1):
+        assert attempt(at) >= at
 
 
 @every

@@ -110,14 +110,16 @@ def label(folder: Path) -> str:
 
 
 def _download(hub_id: str, offline: bool, weights: bool) -> Path:
-    """A snapshot of the safetensors and side files of a hub model, or the cached one."""
+    """A snapshot of the safetensors and side files of a hub model, with its masks where it is pruned, or the
+    cached one.
+    """
     import huggingface_hub
 
     repo, _, revision = hub_id.partition("@")
     wanted = [*SIDE_FILES, ADAPTER_CONFIG, LINEAGE_FILE]
     wanted += ["*.safetensors", "*.safetensors.index.json"] if weights else []
     try:
-        return Path(
+        folder = Path(
             huggingface_hub.snapshot_download(
                 repo,
                 revision=revision or None,
@@ -126,6 +128,16 @@ def _download(hub_id: str, offline: bool, weights: bool) -> Path:
                 local_files_only=offline,
             )
         )
+        # Weights in folders of a repository are other models, so they are ignored above, and masks with them.
+        # The hub is asked for these only where a lineage says that the model may be a pruned one of ours.
+        if weights and (folder / LINEAGE_FILE).is_file() and not (folder / MASKS_FILE).is_file():
+            huggingface_hub.snapshot_download(
+                repo,
+                revision=folder.name,  # the commit that was just taken
+                allow_patterns=[MASKS_FILE],
+                local_files_only=offline,
+            )
+        return folder
     except huggingface_hub.errors.LocalEntryNotFoundError as problem:
         why = "the hub is not asked" if offline else "the hub can't be reached"
         if huggingface_hub.constants.HF_HUB_OFFLINE:

@@ -38,7 +38,7 @@ _PATTERNS = (
 )
 # `project_in` follows the embedding of OPT, `w` is that of CTRL.
 _FIRST = re.compile(r"(^|\.)(wte|wpe|emb|tok|.*embed.*|word_embeddings.*|shared|project_in|transformer\.w)\.")
-_TOWER = re.compile(r"vision|audio|encoder")
+_TOWER = re.compile(r"vision|visual|image|audio|speech|encoder")
 # The output of GPT-NeoX and the last norm of LFM2, whatever they are called.
 _LAST = re.compile(r"(^|\.)(embed_out|embedding_norm)\.")
 
@@ -92,9 +92,26 @@ def decoder_stack(model: Checkpoint) -> Stack:
     Raises:
         CheckpointError: as `Stack`.
     """
-    layered = [name for name in model.tensors if _LAYERED.match(name)]
-    inner = [name for name in layered if not _TOWER.search(name)]
-    return Stack(model, inner or layered)
+    return Stack(model, _decoder_layers(model.tensors) or model.tensors)
+
+
+def text_layers(names: Collection[str]) -> list[str]:
+    """Of tensors or modules of a model that reads more than text, those in the layers of its text decoder; of
+    any other model all.
+
+    Example:
+        >>> text_layers(["vision_tower.encoder.layers.0.fc1", "projector.fc", "model.layers.0.mlp.up_proj"])
+        ['model.layers.0.mlp.up_proj']
+    """
+    inner, layered = _decoder_layers(names), [name for name in names if _LAYERED.match(name)]
+    return inner if 0 < len(inner) < len(layered) else list(names)
+
+
+def _decoder_layers(names: Collection[str]) -> list[str]:
+    """Names within numbered layers, but for those of towers. What stands before the number tells: a decoder's
+    own layers may attend to an encoder.
+    """
+    return [name for name in names if (match := _LAYERED.match(name)) and not _TOWER.search(match[1])]
 
 
 def is_first(name: str) -> bool:

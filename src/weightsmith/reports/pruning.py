@@ -52,6 +52,12 @@ def _pruning(stage: Stage, record: Mapping[str, Any]) -> Pruning:
             f" In {learning['steps']:,} steps the masks of {100 * learning['changed']:.2g} % of "
             f"{learning['groups']:,} groups changed."
         )
+        if learning.get("kept") == "first":
+            loss = learning["learnt_loss"]
+            words += (
+                f" The learnt mask has a loss of {f'{loss:.4g}' if _finite(loss) else 'no finite number'} on "
+                "the calibration data, not below the first one’s, which is kept."
+            )
     panel = _panel(stage, record) if learning else None
     return Pruning(stage=stage.name, words=words, strips=tuple(strips), panel=panel)
 

@@ -157,12 +157,49 @@ def test_sure_is_what_came_nearer_by_more_than_its_noise():
     torch.testing.assert_close(spread["w"], before + change.square())
 
 
-def test_a_mask_that_got_worse_is_warned_of(mlp, points):
-    steps = references = min(3, len(points))
-    losses = iter([1.0] * (steps + references + len(points)) + [2.0] * len(points))
-    pruner = MaskProPruner(mlp, short(steps=steps), loss_fn=lambda model, batch: next(losses))
-    with pytest.warns(UserWarning, match="the learnt mask has a loss of 2, the first one 1"):
-        pruner.fit(points)
+@pytest.mark.parametrize(("keep", "kept"), [("better", "first"), ("learnt", "learnt")])
+@pytest.mark.parametrize("worse", [2.0, math.nan])
+def test_of_first_and_learnt_mask_the_better_comes_out_unless_asked_otherwise(
+    mlp, points, tmp_path, keep, kept, worse
+):
+    steps = len(points)
+    first = MaskProPruner(mlp, short(steps=1, lr=1e-9, init_scale=40.0), loss_fn=lambda *_: 1.0)
+    first.fit(points)
+
+    def pruner(config):
+        # Masks that are tried are better than the reference, so they are learnt.
+        losses = iter(
+            [1.0, 0.5] * steps + [1.0] * len(points) + [worse] * len(points) + [1.0] * 2 * len(points)
+        )
+        return MaskProPruner(mlp, config, loss_fn=lambda *_: next(losses))
+
+    config = short(steps=steps, keep=keep, init_scale=0.1)
+    run = pruner(config)
+    with pytest.warns(UserWarning, match=f"the learnt mask has a loss of {worse:.5g}, the first one 1: "):
+        report = run.fit(points, work=tmp_path)
+    assert report.kept == kept
+    assert (report.first_loss, report.final_loss == 1.0) == (1.0, kept == "first")
+    assert report.learnt_loss == worse or math.isnan(worse)
+    assert (report.changed == 0) == (kept == "first")
+    same = [torch.equal(mask.kept, first.masks()[name].kept) for name, mask in run.masks().items()]
+    assert all(same) == (kept == "first")
+    again = pruner(config).load(tmp_path / "maskpro.safetensors")
+    assert all(torch.equal(mask.kept, run.masks()[name].kept) for name, mask in again.masks().items())
+
+
+def test_a_run_that_fell_back_goes_on_from_what_it_learnt(mlp, points, cross_entropy, tmp_path):
+    def falls(model, batch):
+        calls.append(1)
+        return cross_entropy(model, batch) if len(calls) <= 7 + 2 * len(points) else 1e9
+
+    calls = []
+    with pytest.warns(UserWarning, match="the first is kept"):
+        MaskProPruner(mlp, short(steps=7), loss_fn=falls).fit(points, work=tmp_path)
+    longer = MaskProPruner(mlp, short(steps=15, keep="learnt"), loss_fn=cross_entropy)
+    assert longer.fit(points, work=tmp_path).kept == "learnt"
+    at_once = MaskProPruner(mlp, short(steps=15, keep="learnt"), loss_fn=cross_entropy)
+    at_once.fit(points)
+    same_state(longer, at_once)
 
 
 def test_the_mean_of_a_step_is_the_gradient_of_the_mean_loss():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from weightsmith.compression.nm import MagnitudeOptions, MaskProPruner, prune_
+from weightsmith.compression.nm import MagnitudeOptions, MaskProPruner, WandaOptions, prune_
 from weightsmith.compression.nm.targets import dense_stacks, find_targets, matches
 from weightsmith.errors import InputError
 
@@ -121,6 +121,26 @@ def test_targets_and_ignore_choose(build):
     model = build("llama")
     assert len(names(model, targets=("q_proj", "layers.1.mlp"))) == 5
     assert not any("layers.0." in name for name in names(model, ignore=("layers.0",)))
+
+
+def test_a_model_that_sees_is_pruned_in_its_text_decoder_unless_its_tower_is_named(build):
+    model = build("gemma3")
+    towers = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "vis" in name
+    ]
+    assert towers
+    by_default = names(model)
+    assert by_default
+    assert all("language_model.layers" in name for name in by_default)
+    assert len(by_default) == 2 * 7
+    named = names(model, targets=("vision_tower",))
+    assert named
+    assert all("vision_tower" in name for name in named)
+
+
+def test_text_cannot_calibrate_what_reads_images(build, tokens):
+    with pytest.raises(InputError, match=r"vision_tower.*got no inputs in calibration; .* by magnitude"):
+        prune_(build("gemma3"), tokens, WandaOptions(targets=("vision_tower",)))
 
 
 def test_a_shared_weight_is_one_target(mlp):

@@ -1,8 +1,4 @@
-"""Files of masks: one bit a weight, in safetensors.
-
-{parameter}.mask   uint8, the mask of the flattened parameter, first entry in the lowest bit
-metadata           under the parameter's name: {"n", "m", "dim", "shape"} as JSON
-"""
+"""Masks in files, whose form `checkpoints/masks.py` tells: written, read back, and fitted to a model."""
 
 from __future__ import annotations
 
@@ -14,19 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from weightsmith.checkpoints.folder import MASKS_FILE
+from weightsmith.checkpoints.masks import FORMAT, masks_file, stored_masks
 from weightsmith.compression.nm.masks import codes_of_mask, repair_mask
 from weightsmith.compression.nm.oneshot import Mask, Masks
-from weightsmith.compression.nm.options import masks_file
 from weightsmith.compression.nm.pattern import Pattern
 from weightsmith.compression.nm.targets import Target
 from weightsmith.errors import CheckpointError, InputError
-from weightsmith.runs.atomic import system_faults, write_bytes
+from weightsmith.runs.atomic import write_bytes
 
-FORMAT = 1
 _SHOWN = 3
 
 
@@ -64,19 +57,14 @@ def read_masks(source: str | Path) -> Masks:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    path = masks_file(source)
-    if not path.is_file():
-        raise CheckpointError(f"{source}: no masks; expected a file of masks, or a folder with {MASKS_FILE}")
+    found = stored_masks(source)
     try:
-        with system_faults(path), safe_open(str(path), framework="np") as file:
-            facts = file.metadata() or {}
-            if facts.pop("format", None) != str(FORMAT):
-                raise CheckpointError(f"{path}: not a file of masks of format {FORMAT}")
-            return {name: _unpacked(file.get_tensor(f"{name}.mask"), text) for name, text in facts.items()}
-    except (SafetensorError, KeyError, TypeError, ValueError) as problem:
-        if isinstance(problem, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: damaged masks: {problem}") from problem
+        return {
+            name: Mask(torch.from_numpy(mask.kept), Pattern(mask.n, mask.m), mask.dim)
+            for name, mask in found.items()
+        }
+    except InputError as problem:
+        raise CheckpointError(f"{masks_file(source)}: damaged masks: {problem}") from problem
 
 
 def codes_from(
@@ -107,16 +95,6 @@ def codes_from(
             repaired += count
         codes[name] = codes_of_mask(name, kept, pattern, target.dim)
     return codes, repaired
-
-
-def _unpacked(packed: np.ndarray, text: str) -> Mask:
-    facts = json.loads(text)
-    shape = tuple(facts["shape"])
-    count = int(np.prod(shape))
-    if packed.size != -(-count // 8):
-        raise ValueError(f"{packed.size} bytes for {count} weights")
-    bits = np.unpackbits(packed, count=count, bitorder="little").view(np.bool_).reshape(shape)
-    return Mask(torch.from_numpy(bits), Pattern(facts["n"], facts["m"]), facts["dim"])
 
 
 def _some(names: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from weightsmith.compression.nm.groups import grouped, mask_from, to_groups
 from weightsmith.compression.nm.targets import Target
+from weightsmith.tensors.zeros import masked
 
 
 class MaskedWeights:
@@ -65,8 +66,3 @@ class MaskedWeights:
 def mask_of(codes: Tensor, target: Target, m: int) -> Tensor:
     """The mask of a parameter: (G,) -> bool of its shape."""
     return mask_from(codes, m, target.shape, target.dim)
-
-
-def masked(values: Tensor, mask: Tensor) -> Tensor:
-    """The values that are kept; 0, never -0, elsewhere."""
-    return torch.where(mask, values, values.new_zeros(()))

@@ -7,12 +7,13 @@ Method   Each group's mask is N draws without replacement by the softmax of its 
              r = f(drawn mask) - f(reference mask), the same batch
              π ← π - η (r - δ) ∇ log P(drawn mask | π);   δ ← α δ + (1 - α) r, after the step
 
-         The final mask keeps the N largest logits of each group. Weights never change.
+         The learnt mask keeps the N largest logits of each group. Weights never change.
 Source   MaskPro, arXiv:2506.12876. CONFIRMED: the residual, its tracker, α, C and η. RECONSTRUCTED: when the
          reference is made anew, `auto` of scale and rate, several samples a step, any N:M.
 Departs  δ is that of before the step (public code uses the new one: the same η but for 1 %). The first step
          draws a mask (`first_mask: init` tries the first one itself, as public code does). The score is
-         exact where a group has all but decided.
+         exact where a group has all but decided. A learnt mask that is worse on its own data than the first
+         one is not kept (`keep: learnt` does).
 Cost     One forward pass a step (one more on each batch's first turn, or in each step with `online`); one
          logit (with `certainty` two numbers) and one copy of each pruned weight, in memory.
 """
@@ -22,32 +23,30 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Literal, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from weightsmith.compression.nm.batches import Batch, batch_key, causal_loss, data_digest, to_device
+from weightsmith.compression.nm.batches import Batch, causal_loss, data_digest
 from weightsmith.compression.nm.files import codes_from, read_masks
 from weightsmith.compression.nm.learner import Learner, first_logits
-from weightsmith.compression.nm.masked import MaskedWeights, mask_of, masked
+from weightsmith.compression.nm.masked import MaskedWeights, mask_of
 from weightsmith.compression.nm.oneshot import Mask, Masks, evaluating, masks_of, one_shot, unchanged
 from weightsmith.compression.nm.options import KINDS, MaskProConfig
 from weightsmith.compression.nm.state import STATE_FILE, State, weights_digest
+from weightsmith.compression.nm.steps import LossFn, Steps, again_and_again, learnt
 from weightsmith.compression.nm.targets import find_targets
 from weightsmith.errors import InputError, SystemFault
 from weightsmith.runs.progress import SILENT, Progress
+from weightsmith.tensors.zeros import masked
 
-LossFn = Callable[[nn.Module, Batch], Any]
-_WINDOW, _MOST_SKIPPED = 200, 10
-_LARGE_MOVE = 5.0
 _SAVE_SECONDS, _SAVE_SHARE = 30.0, 20.0
-_SHARE_OF_STD = 0.1
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,12 @@ class MaskProReport:
     Attributes:
         steps: Steps done, of this run and those before that it went on from.
         groups: Groups of M weights.
-        changed: Share of the groups whose final mask is not the first one.
+        kept: Which mask came out: the `learnt` one, or the `first`, where that is better and `keep` says so.
+        changed: Share of the groups whose final mask, the one that came out, is not the first one.
         changed_by_parameter: The same for each parameter.
         first_loss: Mean loss of the first mask over one pass of the data.
-        final_loss: That of the final mask: the N largest logits, not a random one.
+        learnt_loss: That of the learnt mask: the N largest logits, not a random one.
+        final_loss: That of the mask that came out.
         lr: η that was used.
         init_scale: C that was used.
         losses: Mean loss of the random masks of each step.
@@ -72,9 +73,11 @@ class MaskProReport:
 
     steps: int
     groups: int
+    kept: Literal["learnt", "first"]
     changed: float
     changed_by_parameter: dict[str, float]
     first_loss: float
+    learnt_loss: float
     final_loss: float
     lr: float
     init_scale: float
@@ -120,8 +123,6 @@ class MaskProPruner:
         self._state: State | None = None
         self._learner: Learner | None = None
         self._file: Path | None = None  # that the state came from, until `fit` has compared the run with it
-        self._warned = False
-        self._whole = True  # whether the state is that between two steps
 
     @torch.no_grad()
     def fit(
@@ -167,26 +168,29 @@ class MaskProPruner:
                 self._file = None
             if self._state is None:
                 self._begin(batches, data)
-            state, _ = self._running()
+            state, learner = self._running()
             state.data = data
             progress.start("maskpro", self.config.steps, "steps")
             progress.advance(state.step)
             with MaskedWeights(self._targets, state.reference, self.config.nm.m) as weights:
+                steps = Steps(self.model, self.config, self._loss_fn, state, learner, weights)
                 try:
-                    self._run(batches, weights, file, save_every, progress)
+                    self._run(steps, batches, file, save_every, progress)
                 except BaseException:
-                    if not self._whole:
+                    if not steps.whole:
                         self._state = self._learner = None
                     elif file is not None and state.step:
                         with suppress(SystemFault):  # what ended the run is what has to be told
                             state.save(file, self.config, self._weights)
                     raise
-                report = self._report(state, weights, batches)
+                report = self._report(steps, batches)
+                if file is not None and state.fell_back:
+                    state.save(file, self.config, self._weights)
             progress.done()
         return report
 
     def masks(self) -> Masks:
-        """The masks of the largest logits, exactly N of M in each group; see also `certainty`.
+        """The masks of the largest logits, exactly N of M in each group; see also `certainty` and `keep`.
 
         Raises:
             InputError: `fit` or `load` comes first.
@@ -233,22 +237,20 @@ class MaskProPruner:
         return self._state, self._learner
 
     def _take(self, state: State) -> None:
-        self._state, self._whole = state, True
+        self._state = state
         self._learner = Learner(state.logits, self.config, state.spread)
 
     def _chosen(self) -> dict[str, Tensor]:
         state, learner = self._running()
-        if not self.config.certainty:
-            return learner.likeliest()
-        return learner.accepted(state.first, state.scale, self.config.certainty)
+        return state.first if state.fell_back else learnt(state, learner, self.config)
 
     def _given(self) -> tuple[dict[str, Tensor], int] | None:
         """First masks from elsewhere, and how many of their groups had to be completed."""
         config, masks = self.config, self._first
-        if masks is None and (config.init not in KINDS or config.init == config.kind):
-            masks = read_masks(config.init)
         if masks is None:
-            return None
+            if config.masks is None:
+                return None
+            masks = read_masks(config.masks)
         return codes_from(masks, self._targets, config.nm, repair=config.repair)
 
     def _compare(self, state: State, path: Path, data: str) -> None:
@@ -277,20 +279,19 @@ class MaskProPruner:
 
     def _run(
         self,
+        steps: Steps,
         batches: Iterable[Batch],
-        weights: MaskedWeights,
         file: Path | None,
         save_every: int | None,
         progress: Progress,
     ) -> None:
         """The steps that are left, and a save every now and then."""
-        state, learner = self._running()
-        taken = _again_and_again(batches, state)
+        state, _ = self._running()
+        state.fell_back = False
+        turns = again_and_again(batches, state)
         due = time.monotonic() + _SAVE_SECONDS
         while state.step < self.config.steps:
-            turn = next(taken)
-            reference, residuals = self._try(state, learner, weights, turn)
-            self._step(state, learner, turn, reference, residuals)
+            steps.take(next(turns))
             progress.advance(1)
             now = time.monotonic()
             asked = now >= due if save_every is None else state.step % save_every == 0
@@ -299,152 +300,31 @@ class MaskProPruner:
                 took = time.monotonic() - now
                 due = now + took + max(_SAVE_SECONDS, _SAVE_SHARE * took)
 
-    def _try(
-        self, state: State, learner: Learner, weights: MaskedWeights, turn: _Turn
-    ) -> tuple[float, list[float]]:
-        """The reference's loss on a batch, and what the masks of the next step differ from it by."""
-        config, step = self.config, state.step + 1
-        reference = self._reference(state, weights, turn)
-        if config.first_mask == "init" and step == 1:
-            _show(weights, state.first)
-            return reference, [self._loss(turn.batch) - reference]
-        residuals = []
-        for sample in range(config.samples_per_step):
-            _show(weights, learner.draw(step, sample))
-            residuals.append(self._loss(turn.batch) - reference)
-        return reference, residuals
-
-    def _step(
-        self, state: State, learner: Learner, turn: _Turn, reference: float, residuals: list[float]
-    ) -> None:
-        """Learn from what was tried. All that may fail comes before the first change of the state."""
-        config, step = self.config, state.step + 1
-        mean = math.fsum(residuals) / len(residuals)
-        finite = math.isfinite(mean)
-        lr, measured, factors = state.lr, state.measured, []
-        if not finite:
-            if sum(step - _WINDOW < at for at in state.skipped) >= _MOST_SKIPPED:
-                raise InputError(
-                    f"more than {_MOST_SKIPPED} of the last {_WINDOW} steps had a loss that is not finite, "
-                    f"the last was step {step}; a smaller change_rate or a larger init_scale keeps masks "
-                    "nearer to the first"
-                )
-        elif lr is None:
-            lr, measured = self._measure(state, residuals)
-        elif not (config.first_mask == "init" and step == 1):
-            baseline = state.tracker if config.estimator in ("tracked", "baseline") else 0.0
-            factors = [-lr * (residual - baseline) for residual in residuals]
-            self._warn_of_large_moves(lr, factors)
-        self._whole = False
-        state.step, state.position, state.passed = step, turn.position, turn.passed
-        state.losses.append(mean + reference)
-        state.residuals.append(mean)
-        if finite:
-            state.lr, state.measured = lr, measured
-            if factors:
-                learner.move(step, factors)
-            state.tracker = config.alpha * state.tracker + (1 - config.alpha) * mean
-            self._refresh(state, mean + reference, reference)
-        else:
-            state.skipped.append(step)
-        self._whole = True
-
-    def _measure(self, state: State, residuals: list[float]) -> tuple[float | None, tuple[int, float, float]]:
-        """The rate, once enough residuals were seen, and what is known of their spread (Welford)."""
-        count, mean, squares = state.measured
-        for residual in residuals:
-            count += 1
-            gap = residual - mean
-            mean += gap / count
-            squares += gap * (residual - mean)
-        if state.step + 1 - len(state.skipped) < self.config.warmup:
-            return None, (count, mean, squares)
-        spread = math.sqrt(squares / (count - 1))
-        if spread == 0:
-            raise InputError(
-                f"lr: auto: no mask of {state.step + 1} steps changed the loss; raise change_rate, or lower "
-                f"init_scale, which is {state.scale:.3g}"
-            )
-        return _SHARE_OF_STD / spread, (count, mean, squares)
-
-    def _reference(self, state: State, weights: MaskedWeights, turn: _Turn) -> float:
-        """Loss of the reference mask on the batch; 0 where no one asks."""
-        if not self.config.compares:
-            return 0.0
-        key = batch_key(turn.batch) if self.config.reference == "cached" else ""
-        known = state.references.get(key)
-        if known is not None:
-            return known
-        if key and turn.passed and key not in state.references:
-            raise InputError(
-                f"reference: cached: batch {turn.position} of this pass was in no pass before; batches must "
-                "come again as they were (no shuffling of samples, the same number): set `reference: online`"
-            )
-        _show(weights, state.reference)
-        loss = self._loss(turn.batch)
-        if not math.isfinite(loss):
-            raise InputError(
-                f"the reference mask gives a loss of {loss} on batch {turn.position}, before any mask is "
-                "tried"
-            )
-        if key:
-            state.references[key] = loss
-        return loss
-
-    def _refresh(self, state: State, loss: float, reference: float) -> None:
-        """Make the likeliest mask the reference when the loss has halved."""
-        config = self.config
-        if not config.refresh_reference or not config.compares:
-            return
-        ours, theirs, count = state.means
-        ours = config.alpha * ours + (1 - config.alpha) * loss
-        theirs = config.alpha * theirs + (1 - config.alpha) * reference
-        state.means = (ours, theirs, count + 1)
-        # Both means began at 0 and lack the same part of themselves.
-        if count + 1 >= 1 / (1 - config.alpha) and ours < 0.5 * theirs:
-            for name, codes in self._chosen().items():
-                state.reference[name].copy_(codes)
-            state.references = dict.fromkeys(state.references)
-            state.tracker, state.means = 0.0, (0.0, 0.0, 0)
-            state.refreshed.append(state.step)
-
-    def _warn_of_large_moves(self, lr: float, factors: list[float]) -> None:
-        largest = max(map(abs, factors))
-        if largest > _LARGE_MOVE and not self._warned:
-            self._warned = True
+    def _report(self, steps: Steps, batches: Iterable[Batch]) -> MaskProReport:
+        state, learner = self._running()
+        first_loss = steps.mean_loss(state.first, batches)
+        learnt_loss = steps.mean_loss(learnt(state, learner, self.config), batches)
+        if math.isfinite(first_loss) and not learnt_loss <= first_loss:
+            state.fell_back = self.config.keep == "better"
+            what = 'the first is kept (`keep="learnt"` takes the other)' if state.fell_back else "it is kept"
             warnings.warn(
-                f"lr {lr:.3g} moves logits by {largest:.3g} in one step, at a residual of {largest / lr:.3g} "
-                'from its mean; `lr="auto"` measures what fits',
-                stacklevel=6,
-            )
-
-    def _loss(self, batch: Batch) -> float:
-        device = self._targets[0].parameter.device
-        return float(self._loss_fn(self.model, to_device(batch, device)))
-
-    def _report(self, state: State, weights: MaskedWeights, batches: Iterable[Batch]) -> MaskProReport:
-        final = self._chosen()
-        losses = []
-        for codes in (state.first, final):
-            _show(weights, codes)
-            each = [self._loss(batch) for batch in batches]
-            losses.append(math.fsum(each) / len(each))
-        if losses[1] > losses[0]:
-            warnings.warn(
-                f"the learnt mask has a loss of {losses[1]:.5g}, the first one {losses[0]:.5g}: too few "
-                "steps for so many groups, or batches too small; `certainty: 3` changes only groups that are "
-                "sure",
+                f"the learnt mask has a loss of {learnt_loss:.5g}, the first one {first_loss:.5g}: {what}. "
+                "Too few steps for so many groups, or batches too small; `certainty: 3` changes only groups "
+                "that are sure",
                 stacklevel=4,
             )
+        final = self._chosen()
         differ = {name: int((codes != state.first[name]).sum()) for name, codes in final.items()}
         groups = sum(target.groups for target in self._targets)
         return MaskProReport(
             steps=state.step,
             groups=groups,
+            kept="first" if state.fell_back else "learnt",
             changed=sum(differ.values()) / groups,
             changed_by_parameter={t.name: differ[t.name] / t.groups for t in self._targets},
-            first_loss=losses[0],
-            final_loss=losses[1],
+            first_loss=first_loss,
+            learnt_loss=learnt_loss,
+            final_loss=first_loss if state.fell_back else learnt_loss,
             lr=state.lr if state.lr is not None else math.nan,
             init_scale=state.scale,
             losses=tuple(state.losses),
@@ -453,33 +333,6 @@ class MaskProPruner:
             refreshed=tuple(state.refreshed),
             repaired=state.repaired,
         )
-
-
-def _show(weights: MaskedWeights, codes: Mapping[str, Tensor]) -> None:
-    for name, code in codes.items():
-        weights.show(name, code)
-
-
-class _Turn(NamedTuple):
-    """A batch, where it stands in its pass, and whether all were met before that pass."""
-
-    batch: Batch
-    position: int
-    passed: bool
-
-
-def _again_and_again(batches: Iterable[Batch], state: State) -> Iterator[_Turn]:
-    """Batches without end, from where the state is."""
-    skip, passed = state.position, state.passed
-    while True:
-        found = 0
-        for batch in batches:
-            found += 1
-            if found > skip:
-                yield _Turn(batch, found, passed)
-        if not found:
-            raise InputError("the batches came once and not again: give a DataLoader or a list")
-        skip, passed = 0, True
 
 
 __all__ = ["MaskProPruner", "MaskProReport"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from weightsmith.compression.nm.batches import call
 from weightsmith.compression.nm.calibrate import InputStatistics, calibrate
 from weightsmith.compression.nm.magnitude import magnitude_scores
-from weightsmith.compression.nm.masked import mask_of, masked
+from weightsmith.compression.nm.masked import mask_of
 from weightsmith.compression.nm.masks import codes_of_mask, codes_of_scores, expect_finite
 from weightsmith.compression.nm.options import (
     MaskProConfig,
@@ -32,6 +32,7 @@ from weightsmith.compression.nm.targets import Target, find_targets
 from weightsmith.compression.nm.wanda import wanda_scores
 from weightsmith.errors import InputError
 from weightsmith.runs.progress import SILENT, Progress
+from weightsmith.tensors.zeros import masked
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from weightsmith.checkpoints.folder import MASKS_FILE
+from weightsmith.checkpoints.masks import masks_file
 from weightsmith.compression.nm.pattern import Pattern
 from weightsmith.errors import InputError, nearest
 
@@ -26,8 +26,10 @@ class NMOptions:
 
     Attributes:
         pattern: N:M, the number of weights KEPT of each M consecutive inputs.
-        targets: Patterns of the modules to prune; all linear layers where none is given. A pattern is a glob
-            over whole parts of a name: `q_proj`, `layers.0`, `layers.*.mlp`.
+        targets: Patterns of the modules to prune; all linear layers where none is given, and of a model that
+            also reads images or sound those in the layers of its text decoder: calibration is by text, so
+            the others need `magnitude`. A pattern is a glob over whole parts of a name: `q_proj`, `layers.0`,
+            `layers.*.mlp`, `vision_tower`.
         ignore: Patterns of modules and stacks to leave dense. The output layer and routers stay dense in any
             case, routers unless `targets` names them themselves.
         experts: Patterns of parameters that stack matrices, with the axis of their inputs: the layouts of
@@ -171,6 +173,8 @@ class MaskProConfig(NMOptions):
             of what noise alone moves them; 0 takes the largest logits, as the paper does. Ours, experimental:
             3 held a run that was short for its groups near its first mask, and kept back some of a long
             one's gain.
+        keep: What comes out where the learnt mask has a larger loss on the data than the first one: the
+            `better` of the two, or what was `learnt`. Ours; the paper keeps what was learnt.
         repair: Complete first masks from a file whose groups don't keep exactly N.
         seed: Decides all masks; 0 by default, in a recipe what follows from its seed and the stage's name.
     """
@@ -189,6 +193,7 @@ class MaskProConfig(NMOptions):
     refresh_reference: bool = True
     first_mask: Literal["sample", "init"] = "sample"
     certainty: float = 0.0
+    keep: Literal["better", "learnt"] = "better"
     repair: bool = False
     seed: int | None = None
 
@@ -244,12 +249,6 @@ class MaskProConfig(NMOptions):
         return math.log((m - n) * sum(1 / k for k in range(1, n + 1)) / rate)
 
 
-def masks_file(source: str | Path) -> Path:
-    """Where the masks of a file, or of a pruned checkpoint's folder, lie."""
-    path = Path(source).expanduser()
-    return path / MASKS_FILE if path.is_dir() else path
-
-
 LARGEST_LOGIT = 40.0
 """Logits stay within ± this: exp(-80) is still a normal number of float32."""
 
@@ -272,6 +271,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "estimator": ("tracked", "residual", "baseline", "loss"),
     "reference": ("cached", "online"),
     "first_mask": ("sample", "init"),
+    "keep": ("better", "learnt"),
 }
 
 KINDS: Mapping[str, type[NMOptions]] = {

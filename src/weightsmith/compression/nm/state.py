@@ -26,7 +26,7 @@ from weightsmith.runs.atomic import system_faults, write_bytes
 
 STATE_FILE = "maskpro.safetensors"
 FORMAT = 2
-_MAY_CHANGE = ("steps",)
+_MAY_CHANGE = ("steps", "keep")
 _NUMBERS_OF_A_TARGET = 4096
 
 
@@ -55,6 +55,7 @@ class State:
         losses: Mean loss of the masks that each step tried.
         residuals: What they differed from the reference by.
         repaired: Groups of the first mask that had to be completed.
+        fell_back: Whether the run ended with the first mask, as the learnt one was worse.
     """
 
     logits: dict[str, Tensor]
@@ -76,6 +77,7 @@ class State:
     losses: list[float] = field(default_factory=list)
     residuals: list[float] = field(default_factory=list)
     repaired: int = 0
+    fell_back: bool = False
     spread: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: Path, config: MaskProConfig, weights: str) -> None:

@@ -5,24 +5,23 @@
     stacked experts, (E, ., .)     named by the caller with their axis, never guessed by shape
 
 Dense in any case: embeddings, the output layer, norms, biases; and routers unless they are named themselves:
-`layers.0` or `mlp` is not the name of the router inside.
+`layers.0` or `mlp` is not the name of the router inside. What reads images or sound beside a text decoder
+stays dense unless `targets` names it. What names decide, `names.py` does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from weightsmith.compression.nm.names import chosen, matches
 from weightsmith.compression.nm.options import NMOptions
 from weightsmith.errors import InputError, nearest
 
-ROUTERS = ("router", "*_router", "gate", "shared_expert_gate")
-"""Linear layers that choose experts, by the names that models give them."""
 _SHOWN = 5
 
 
@@ -48,24 +47,6 @@ class Target:
     def shape(self) -> tuple[int, ...]:
         """Of the parameter."""
         return tuple(self.parameter.shape)
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a pattern fits whole parts of a dotted name, anywhere in it.
-
-    Example:
-        >>> matches("model.layers.0.mlp.gate_proj", ["layers.0"])
-        True
-        >>> matches("model.layers.10.mlp.gate_proj", ["layers.1"])
-        False
-    """
-    parts = name.split(".")
-    runs = [
-        ".".join(parts[first:last])
-        for first in range(len(parts))
-        for last in range(first + 1, len(parts) + 1)
-    ]
-    return any(fnmatchcase(run, pattern) for pattern in patterns for run in runs)
 
 
 def find_targets(model: nn.Module, options: NMOptions) -> list[Target]:
@@ -96,12 +77,11 @@ def find_targets(model: nn.Module, options: NMOptions) -> list[Target]:
                 "does, and so does what `ignore` names"
             )
     found: dict[int, Target] = {}
-    for name, (module, dim) in layers.items():
+    for name in chosen(
+        [name for name, (layer, _) in layers.items() if layer.weight is not kept_dense], options
+    ):
+        module, dim = layers[name]
         weight: Any = module.weight
-        if name in dense or (options.targets and not matches(name, options.targets)):
-            continue
-        if matches(name, ROUTERS) and not _is_named(name, options.targets):
-            continue
         if id(weight) in found:
             earlier = found[id(weight)]
             found[id(weight)] = Target(earlier.name, weight, dim, (*earlier.modules, module), earlier.groups)
@@ -118,10 +98,10 @@ def find_targets(model: nn.Module, options: NMOptions) -> list[Target]:
             raise InputError(
                 f"experts: {name} has shape {list(parameter.shape)}, expected three axes, experts first"
             )
-        chosen = [(name, parameter) for name, parameter in stacks if not matches(name, options.ignore)]
-        if not chosen:
+        kept = [(name, parameter) for name, parameter in stacks if not matches(name, options.ignore)]
+        if not kept:
             raise InputError(f"experts: `{pattern}` fits only {some(dict(stacks))}, which `ignore` names")
-        for name, parameter in chosen:
+        for name, parameter in kept:
             _add(found, name, parameter, dim % 3, (), options)
     if not found:
         raise InputError(f"nothing to prune: the model's linear layers are {some(layers)}")
@@ -149,18 +129,6 @@ def _check_ignored(model: nn.Module, options: NMOptions) -> None:
             raise InputError(
                 f"ignore: `{pattern}` fits nothing in the model{nearest(pattern, _last_parts(names))}"
             )
-
-
-def _is_named(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a pattern names the router at the end of `name`, and not only what is around it."""
-    parts = name.split(".")
-    first = next(at for at, part in enumerate(parts) if matches(part, ROUTERS))
-    for pattern in patterns:
-        last = pattern.rpartition(".")[2]
-        of_router = last.strip("*?") and any(fnmatchcase(part, last) for part in parts[first:])
-        if of_router and matches(name, [pattern]):
-            return True
-    return False
 
 
 def _last_parts(names: Iterable[str]) -> list[str]:

@@ -54,10 +54,9 @@ class Finetune(TrainingStage, FinetuneConfig):
         """What keeps the zeros of a pruned model."""
         if model is None or not self.carried(model):
             return []
-        from weightsmith.compression.nm.files import read_masks
-        from weightsmith.compression.nm.keeping import KeepZeros
+        from weightsmith.training.zeros import KeepZeros
 
-        return [KeepZeros(network, read_masks(model))]
+        return [KeepZeros(network, model)]
 
     def forecast(self: Any, models: Mapping[str, Path], workspace: Workspace) -> Forecast:
         """Cost of the training, its checkpoint to come, and what becomes of a pruned model's zeros."""

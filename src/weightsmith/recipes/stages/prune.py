@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from weightsmith.checkpoints import Checkpoint, Lineage, TensorSpec
 from weightsmith.checkpoints.folder import MASKS_FILE
-from weightsmith.checkpoints.names import is_over_tokens, layer_index
+from weightsmith.compression.nm.names import stored_matrices
 from weightsmith.compression.nm.options import (
     KINDS,
     Export,
@@ -165,7 +165,7 @@ class Prune:
                 TensorSpec(info.name, info.dtype, tuple(info.shape)) for info in checkpoint.tensors.values()
             ]
             files, length = checkpoint.side_file_map(), self._window(checkpoint)
-        shapes = _pruned(specs)
+        shapes = stored_matrices({spec.name: spec.shape for spec in specs}, self.method)
         masks = sum(math.prod(shape) // 8 + _MASK_HEAD for shape in shapes)
         standin = write_standin(
             workspace.checkpoint,
@@ -276,12 +276,3 @@ class Prune:
                 f"data: {self.method.kind} needs text to calibrate on, and nothing says what `{self.model}` "
                 "was trained on; name tasks or a file"
             )
-
-
-def _pruned(specs: Sequence[TensorSpec]) -> list[tuple[int, int]]:
-    """Shapes of what is pruned by default, as far as names and shapes tell."""
-    return [
-        (spec.shape[0], spec.shape[1])
-        for spec in specs
-        if len(spec.shape) == 2 and layer_index(spec.name) is not None and not is_over_tokens(spec.name)
-    ]

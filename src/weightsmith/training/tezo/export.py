@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from weightsmith.errors import CheckpointError, InputError, require
 from weightsmith.runs.atomic import system_faults
+from weightsmith.training.tezo.low_rank import CPPiece
 from weightsmith.training.tezo.optimizer import TeZO
-from weightsmith.training.tezo.pieces import CPPiece, DensePiece, Piece
+from weightsmith.training.tezo.pieces import DensePiece, Piece
 
 
 @torch.no_grad()

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from weightsmith.errors import InputError
 from weightsmith.training.sharded import local
+from weightsmith.training.tezo.low_rank import CPPiece, LazyPiece
 from weightsmith.training.tezo.noise import StepVectors
 from weightsmith.training.tezo.options import LOZOOptions, TeZOOptions, ZerothOrderOptions, options_of
-from weightsmith.training.tezo.pieces import CPPiece, DensePiece, LazyPiece, Piece
+from weightsmith.training.tezo.pieces import DensePiece, Piece
 from weightsmith.training.tezo.ranks import Matrix, chosen_ranks
 from weightsmith.training.tezo.shares import Share, share_of, whole_shape
 

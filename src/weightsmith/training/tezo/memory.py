@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from weightsmith.training.tezo.pieces import CPPiece, DensePiece, LazyPiece, LowRankPiece, Piece, block_size
+from weightsmith.training.tezo.low_rank import CPPiece, LazyPiece, LowRankPiece
+from weightsmith.training.tezo.pieces import DensePiece, Piece, block_size
 from weightsmith.training.tezo.zeroth_order import ZerothOrder
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from weightsmith.errors import InputError
@@ -78,3 +79,35 @@ def whole_shape(value: Tensor, share: Share | None) -> torch.Size:
         return value.shape
     rows = share.parameter.shape[0]
     return torch.Size((1, rows, value.shape[-1])) if value.ndim == 3 else share.parameter.shape
+
+
+def check_sharded(name: str, model: nn.Module | None, save_factors: bool) -> None:
+    """Refuse an optimiser that can't have a sharded parameter.
+
+    Args:
+        name: The parameter's.
+        model: The optimiser's, if it was given one.
+        save_factors: The optimiser's option.
+
+    Raises:
+        InputError: no model, or factors are to be saved.
+    """
+    if model is None:
+        raise InputError(
+            f"{name}: is sharded; give it `model=model`, whose gathered copies of the weights are old after "
+            "every move"
+        )
+    if save_factors:
+        raise InputError(
+            f"{name}: is sharded, and `save_factors` would save the rows of one process; leave it out: "
+            "factors are drawn again"
+        )
+
+
+def drop_gathered(model: nn.Module | None) -> None:
+    """Make FSDP2 gather anew: without a backward pass its root keeps the whole weights of the last forward
+    pass, from before they moved. Nothing to do where there is no sharded model.
+    """
+    for module in model.modules() if model is not None else ():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,7 +1,8 @@
-"""Sweeps that move the weights to a probe and back, from wherever the one before has left them."""
+"""Sweeps that move the weights to a probe, back, and along a step, from wherever they were left."""
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from weightsmith.errors import InputError
 from weightsmith.training.tezo.branch import Branches
-from weightsmith.training.tezo.options import Restore
-from weightsmith.training.tezo.pieces import LowRankPiece, Piece
+from weightsmith.training.tezo.low_rank import LowRankPiece
+from weightsmith.training.tezo.options import ZerothOrderOptions
+from weightsmith.training.tezo.pieces import Piece, Step
 
 Member = tuple[Piece, dict[str, Any], Tensor]
 """A piece with its parameter group and its parameter."""
@@ -24,15 +26,18 @@ class Sweeps:
 
     Args:
         members: All that moves.
-        restore: How weights come back.
+        options: The optimiser's: how weights come back, and the bound of a step's derivative.
         model: Where `branch` finds the modules of matrices.
 
     Attributes:
         members: As given.
     """
 
-    def __init__(self, members: Sequence[Member], restore: Restore, model: nn.Module | None) -> None:
-        self.members, self._restore, self._model = members, restore, model
+    def __init__(
+        self, members: Sequence[Member], options: ZerothOrderOptions, model: nn.Module | None
+    ) -> None:
+        self.members, self._restore, self._model = members, options.restore, model
+        self._bound = options.clip or math.inf
         self._copies: dict[int, Tensor] = {}
         self._branches: Branches | None = None
 
@@ -66,6 +71,30 @@ class Sweeps:
                         self._copies[key] = parameter.detach().clone()
                     piece.move(step, amount - piece.offset)
                 piece.offset = amount
+
+    def update(self, step: int, difference: float, maximize: bool) -> None:
+        """The step, from wherever the weights are.
+
+        Args:
+            step: Its number, which decides the direction.
+            difference: Of the two probes' losses.
+            maximize: Climb instead of descend.
+        """
+        if self._restore != "inplace":
+            self.go(step, 0)
+        sign = -1.0 if maximize else 1.0
+        for piece, group, parameter in self.members:
+            kappa = difference / (2 * group["rho"])
+            decays = group["weight_decay"] and parameter.ndim >= 2
+            piece.update(
+                Step(
+                    number=step,
+                    kappa=sign * min(max(kappa, -self._bound), self._bound),
+                    lr=float(group["lr"]),
+                    decay=float(group["lr"]) * group["weight_decay"] if decays else 0.0,
+                    undo=-piece.offset,
+                )
+            )
 
     def is_branched(self, parameter: Tensor) -> bool:
         """Whether probes leave this parameter alone and add to what its modules return."""

@@ -3,22 +3,19 @@
     probe    W + rho Z, loss; W - rho Z, loss of the same batch with the same random numbers
     step     from there back to W and along Z, in one sweep
 
-What Z is and what the variants make of it, `pieces.py` says. Weights come back after an exception, a loss
-that is not finite, and a probe without a step. State holds no weights and no directions.
+What Z is and what the variants make of it, `pieces.py` and `low_rank.py` say. Weights come back after an
+exception, a loss that is not finite, and a probe without a step. State holds no weights and no directions.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from weightsmith.errors import InputError
 from weightsmith.training.lightsam.replay import (
@@ -29,7 +26,10 @@ from weightsmith.training.lightsam.replay import (
 )
 from weightsmith.training.names import named_parameters, plain_name
 from weightsmith.training.sharded import local
+from weightsmith.training.tezo.advice import Advice
 from weightsmith.training.tezo.layout import Moving, check_state, make_pieces, moving
+from weightsmith.training.tezo.losses import NEEDS_CLOSURE, ZerothOrderStats, agreed, loss_of
+from weightsmith.training.tezo.low_rank import CPPiece
 from weightsmith.training.tezo.noise import hashed
 from weightsmith.training.tezo.options import (
     RATES,
@@ -39,28 +39,10 @@ from weightsmith.training.tezo.options import (
     check_group,
     check_rates,
 )
-from weightsmith.training.tezo.pieces import CPPiece, Piece, Step
+from weightsmith.training.tezo.pieces import Piece
+from weightsmith.training.tezo.shares import check_sharded, drop_gathered
 from weightsmith.training.tezo.states import Run, check_run, run_of
 from weightsmith.training.tezo.sweeps import Sweeps, uninterrupted
-
-logger = logging.getLogger(__name__)
-
-_NOTHING_MOVED = 10
-"""Steps in a row whose probes agree to the bit, after which rho must be too small."""
-
-
-class ZerothOrderStats(NamedTuple):
-    """The last step.
-
-    Attributes:
-        loss: Mean of the two probes' losses, over all processes.
-        kappa: Derivative along the direction, before it is clipped, with the first group's rho.
-        skipped: Whether the step was not taken because a loss was not finite.
-    """
-
-    loss: float = math.nan
-    kappa: float = math.nan
-    skipped: bool = False
 
 
 class ZerothOrder(torch.optim.Optimizer):
@@ -103,11 +85,10 @@ class ZerothOrder(torch.optim.Optimizer):
         self._sweeps: Sweeps | None = None
         self._names: dict[int, str] = {}
         self._model = model
-        self._told: set[str] = set()
-        self._still = 0
+        self._advice = Advice(self._name)
         self.forget_probes()
         self._trained: list[bool] = []
-        self._sharded = False
+        self._gathers: nn.Module | None = None
         defaults = {"lr": lr, "rho": options.rho, "weight_decay": weight_decay}
         defaults["decoupled_weight_decay"] = True
         super().__init__(params, {**defaults, "step": 0, "seed": options.seed or 0})
@@ -115,7 +96,7 @@ class ZerothOrder(torch.optim.Optimizer):
         members = self._moving()
         low_rank = isinstance(options, TeZOOptions | LOZOOptions)
         if low_rank and all(member.matrices is None for member in members):
-            self._tell("matrices", "no matrix is trained, so this is MeZO")
+            self._advice.tell("matrices", "no matrix is trained, so this is MeZO")
         if options.restore == "branch" and model is not None:
             self.attach(model)
 
@@ -148,6 +129,9 @@ class ZerothOrder(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, weight: float = 1.0) -> Any:  # pyrefly: ignore
         """Probe with a closure and step; or, without one, the step of the probes before.
+
+        Whatever fails, no weight is left at a probe. Where memory runs out in the middle of the last sweep,
+        some weights have made their step and others not.
 
         Args:
             closure: As for `probe`.
@@ -283,32 +267,24 @@ class ZerothOrder(torch.optim.Optimizer):
             states = {member.parameter: self.state[member.parameter] for member in members}
             pieces = make_pieces(members, states, self.options)
             triples = [(p, m.group, m.parameter) for p, m in zip(pieces, members, strict=True)]
-            self._sweeps = Sweeps(triples, self.options.restore, self._model)
+            self._sweeps = Sweeps(triples, self.options, self._model)
             self._trained = self._trainable()
             shapes = ((piece.name, tuple(piece.whole_shape), getattr(piece, "rank", 0)) for piece in pieces)
             options = replace(self.options, seed=self.param_groups[0]["seed"])
             self._fingerprint = hashed(options, self.maximize, *shapes)
             if not self.step_count:
-                self._look_at_rho()
+                self._advice.on_rho(triples)
         return self._sweeps
 
     def _moving(self) -> list[Moving]:
         try:
             members = moving(self.param_groups, self._names, self.options)
             sharded = next((member.name for member in members if member.share is not None), None)
-            if sharded and self._model is None:
-                raise InputError(
-                    f"{sharded}: is sharded; give it `model=model`, whose gathered copies of the weights are "
-                    "old after every move"
-                )
-            if sharded and self.save_factors:
-                raise InputError(
-                    f"{sharded}: is sharded, and `save_factors` would save the rows of one process; leave it "
-                    "out: factors are drawn again"
-                )
+            if sharded:
+                check_sharded(sharded, self._model, self.save_factors)
         except InputError as wrong:
             raise InputError(f"{self._name}: {wrong}") from wrong
-        self._sharded = sharded is not None
+        self._gathers = self._model if sharded else None
         return members
 
     def _follow(self) -> None:
@@ -338,12 +314,10 @@ class ZerothOrder(torch.optim.Optimizer):
                 raise InputError(f"{self._name}: step(closure) after probe(); step() ends what probes began")
             self._measure(closure, weight)
         elif not self._sums[2]:
-            raise InputError(
-                f"{self._name} needs a closure that returns the loss without calling backward(), or probe() "
-                "before"
-            )
+            raise InputError(f"{self._name} {NEEDS_CLOSURE}, or probe() before")
         try:
-            difference, loss = self._agreed()
+            device = self._prepared().members[0][2].device
+            difference, loss = agreed(self._sums, self._mark(), self._group, device, self._name)
         finally:
             self.forget_probes()
         kappa = difference / (2 * self.param_groups[0]["rho"])
@@ -352,10 +326,11 @@ class ZerothOrder(torch.optim.Optimizer):
             if skipped:
                 self._go(0)
                 self.skipped_steps += 1
-                self._tell("skip", "a loss is not finite; the step is skipped")
+                self._advice.tell("skip", "a loss is not finite; the step is skipped")
             else:
-                self._look(difference)
-                self._update(difference)
+                self._advice.on_difference(difference, self.param_groups[0]["rho"])
+                self._prepared().update(self.step_count, difference, self.maximize)
+                drop_gathered(self._gathers)
             for group in self.param_groups:
                 group["step"] += 1
         self.last = ZerothOrderStats(loss, kappa, skipped)
@@ -366,7 +341,7 @@ class ZerothOrder(torch.optim.Optimizer):
         losses differ by.
         """
         if not callable(closure):
-            raise InputError(f"{self._name} needs a closure that returns the loss without calling backward()")
+            raise InputError(f"{self._name} {NEEDS_CLOSURE}")
         if not 0 < weight < math.inf:
             raise InputError(f"{self._name}: weight: expected above 0 and finite, got {weight}")
         for group in self.param_groups:  # schedules and users change them
@@ -377,7 +352,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._go(1)
         above = self._value(closure)
         if missed := self._prepared().release(self.step_count):
-            self._tell(
+            self._advice.tell(
                 "branch",
                 f"{len(missed)} matrices are read by more than their Linear and Embedding modules, or not by "
                 f"them ({missed[0]}); they are copied and put back",
@@ -399,29 +374,8 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _value(self, closure: Callable[[], Any]) -> Tensor | float:
         """The closure's loss, still on its device."""
-        try:
-            with self._prepared().probe():
-                loss = closure()
-        except RuntimeError as wrong:
-            if "does not require grad" not in str(wrong):
-                raise
-            raise InputError(
-                f"{self._name} needs a closure that returns the loss without calling backward()"
-            ) from wrong
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise InputError(
-                    f"{self._name}: the closure's loss must be one number, got shape {tuple(loss.shape)}"
-                )
-            if loss.requires_grad:
-                self._tell("graph", "the closure builds a graph for gradients that nothing uses")
-            return loss.detach().double() if loss.device.type != "mps" else loss.detach()
-        if isinstance(loss, bool) or not isinstance(loss, int | float):
-            raise InputError(
-                f"{self._name}: the closure must return its loss, a number or a tensor with one; got "
-                f"{type(loss).__name__}"
-            )
-        return float(loss)
+        with self._prepared().probe():
+            return loss_of(closure, self._name, self._advice.tell)
 
     def _go(self, target: int) -> None:
         """Move the weights to `target` times rho times the direction."""
@@ -431,91 +385,9 @@ class ZerothOrder(torch.optim.Optimizer):
             self._prepared().go(self.step_count, target)
         except InputError as wrong:
             raise InputError(f"{self._name}: {wrong}") from wrong
-        self._drop_gathered()
-
-    def _update(self, difference: float) -> None:
-        """The step, from wherever the weights are."""
-        if self.options.restore != "inplace":
-            self._go(0)
-        sign, bound = (-1.0 if self.maximize else 1.0), self.options.clip or math.inf
-        for piece, group, parameter in self._prepared().members:
-            kappa = difference / (2 * group["rho"])
-            decays = group["weight_decay"] and parameter.ndim >= 2
-            piece.update(
-                Step(
-                    number=self.step_count,
-                    kappa=sign * min(max(kappa, -bound), bound),
-                    lr=float(group["lr"]),
-                    decay=float(group["lr"]) * group["weight_decay"] if decays else 0.0,
-                    undo=-piece.offset,
-                )
-            )
-            piece.offset = 0.0
-        self._drop_gathered()
-
-    def _drop_gathered(self) -> None:
-        """Make FSDP2 gather anew: without a backward pass its root keeps the whole weights of the last
-        forward pass, from before they moved.
-        """
-        if self._sharded and self._model is not None:
-            for module in self._model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
-
-    def _agreed(self) -> tuple[float, float]:
-        """Difference of the probes and loss over all processes, the same bits on each."""
-        group = self._group
-        if isinstance(group, str):
-            group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-        rows = [[*self._sums, self._mark()]]
-        if group is not None and dist.get_world_size(group) > 1:
-            device = self._prepared().members[0][2].device
-            on = device if "nccl" in dist.get_backend(group) else torch.device("cpu")
-            mine = torch.tensor(rows[0], dtype=torch.float64, device=on)
-            others = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(others, mine, group=group)
-            rows = torch.stack(others).tolist()
-        if len({row[3] for row in rows}) > 1:
-            raise InputError(
-                f"{self._name}: processes differ in method, options, rates, step or parameters; nothing was "
-                "changed"
-            )
-        # Every process adds the same numbers in the same order.
-        difference, loss, weight = (sum(row[place] for row in rows) for place in range(3))
-        return difference / weight, loss / weight
+        drop_gathered(self._gathers)
 
     def _mark(self) -> float:
         """Stands for what processes must have in common; a whole number that float64 holds."""
         rates = ([float(group[key]) for key in ("lr", "rho", "weight_decay")] for group in self.param_groups)
         return float(hashed(self._fingerprint, self.step_count, *rates) >> 12)
-
-    # Advice.
-
-    def _look(self, difference: float) -> None:
-        self._still = self._still + 1 if difference == 0 else 0
-        if self._still == _NOTHING_MOVED:
-            rho = self.param_groups[0]["rho"]
-            self._tell(
-                "still",
-                f"the two losses were the same to the bit for {_NOTHING_MOVED} steps; try rho={10 * rho:g}",
-            )
-
-    def _look_at_rho(self) -> None:
-        """Warn where a probe is smaller than what the weights' dtype can tell apart."""
-        for piece, group, _ in self._prepared().members:
-            if piece.value.dtype.itemsize >= 4 or not piece.value.numel():
-                continue
-            size = float(piece.value.float().square().mean().sqrt())
-            least = torch.finfo(piece.value.dtype).eps * size
-            if group["rho"] < least:
-                self._tell(
-                    "rho",
-                    f"rho={group['rho']:g} is lost in the rounding of {piece.name} ({piece.value.dtype}, "
-                    f"about {size:.2g}); try rho={least:.1g}, or float32 weights",
-                )
-                return
-
-    def _tell(self, what: str, words: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            logger.warning("%s: %s (told once)", self._name, words)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
-from weightsmith.compression.nm.freeze import freeze_mask_
-from weightsmith.compression.nm.masked import masked
-from weightsmith.compression.nm.oneshot import Mask
+from weightsmith.checkpoints.masks import stored_masks
+from weightsmith.tensors.zeros import frozen, masked
 
 
 class KeepZeros(TrainerCallback):
@@ -24,14 +23,16 @@ class KeepZeros(TrainerCallback):
 
     Args:
         model: Pruned.
-        masks: By parameter's name.
+        source: Folder or file with its masks.
 
     Raises:
+        CheckpointError: there are none, or they are damaged.
         InputError: masks of parameters that the model doesn't have, or of another shape.
     """
 
-    def __init__(self, model: nn.Module, masks: Mapping[str, Mask | Tensor]) -> None:
-        self._frozen = freeze_mask_(model, masks)
+    def __init__(self, model: nn.Module, source: str | Path) -> None:
+        masks = {name: torch.from_numpy(mask.kept) for name, mask in stored_masks(source).items()}
+        self._frozen = frozen(model, masks)
         self._parameters = [model.get_parameter(name) for name in masks]
 
     @torch.no_grad()

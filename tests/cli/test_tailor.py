@@ -63,6 +63,7 @@ def test_a_search_writes_a_model_its_log_and_mergekits_page_and_its_plan_builds_
         (["--task", "FOLDER/a.txt", "--sparsity", "0.5", "--option", "eta=1"], "eta: 1, expected at least 2"),
         (["--task", "FOLDER/a.txt", "--sparsity", "0.5", "--option", "etta=3"], "etta: no such key.*`eta`"),
         (["--plan", "FOLDER/a.txt"], "a.txt"),
+        (["--task", "FOLDER/a.txt", "--option", "ray=local"], "--option ray: expected an option of the"),
         (["--plan", "FOLDER/a.txt", "--task", "docs"], "--task is for a search, and --plan needs none"),
         (["--task", "FOLDER/a.txt", "--option", "workers=2"], "--option workers: expected an option of the"),
         (["--task", "FOLDER/a.txt", "--sparsity", "0.5", "--dtype", "bf17"], "bf17"),

@@ -10,6 +10,7 @@ from weightsmith.evaluation import evaluate, prompts
 from weightsmith.evaluation.models import load_model, load_tokenizer
 from weightsmith.merging.mediator import Mediator, MediatorStore
 from weightsmith.recipes import Inline, load_page, plan_run, run_recipe
+from weightsmith.runs.seeds import derive
 
 from .conftest import small_model
 
@@ -67,6 +68,19 @@ def test_a_mediated_model_is_made_routed_and_scored(page, tmp_path):
     with model.using("one"):
         logits = model(input_ids=torch.tensor([[1, 5, 6]])).logits
     assert logits.shape[0] == 1
+
+
+def test_the_seed_of_the_page_counts_from_nought_on(page, tmp_path):
+    def seed(words):
+        file = page(
+            lambda text: text.replace("n_routed: 1", f"n_routed: 1\n      select: random\n      {words}")
+        )
+        run_recipe(file, root=tmp_path, executor=Inline())
+        folder = tmp_path / "tiny" / "stages" / "mediated" / "checkpoint"
+        return json.loads((folder / "weightsmith.json").read_text())["seed"]
+
+    assert seed("seed: 0") == 0
+    assert seed("") == derive(0, "mediated")
 
 
 def test_scoring_lets_the_router_see_the_prompt_and_never_the_answer(page, tmp_path):

@@ -1,14 +1,17 @@
 """The stage `tailor`: what a page may say, a run of it, and one that was killed."""
 
 import json
+import sys
 
 import pytest
 
 from weightsmith.checkpoints import Checkpoint
 from weightsmith.compression import TailorPlan
-from weightsmith.errors import PageError
+from weightsmith.compression.tailoring import search, workers
+from weightsmith.errors import PageError, WeightsmithError
 from weightsmith.evaluation import load_model
 from weightsmith.recipes import Inline, load_page, plan_run, run_recipe
+from weightsmith.runs.seeds import derive
 
 from .conftest import page_of
 
@@ -71,6 +74,42 @@ def test_the_output_is_a_plain_checkpoint_with_fewer_layers(page, tmp_path):
 def test_a_wrong_page_is_told_by_line_and_key(page, old, new, said):
     with pytest.raises(PageError, match=said):
         load_page(page((old, new)))
+
+
+@pytest.mark.parametrize("ray", ["", "ray: local"])
+def test_ray_and_workers_of_the_page_are_those_of_the_search(page, tmp_path, monkeypatch, ray):
+    given = []
+
+    def here(evaluator, count, address):
+        given.append((count, address))
+        return workers.workers(evaluator)
+
+    monkeypatch.setattr(search, "workers", here)
+    changed = page(("trials: 12", f"trials: 2\n      workers: 3\n      {ray}"))
+    result = run_recipe(changed, root=tmp_path / "runs", executor=Inline())
+    assert {stage.status for stage in result.stages} == {"finished"}
+    assert given == [(3, "local" if ray else None)]
+
+
+def test_a_page_that_asks_for_ray_says_what_to_install(page, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    changed = page(("trials: 12", "trials: 2\n      ray: auto"))
+    with pytest.raises(WeightsmithError, match=r'.*ray.*pip install "weightsmith\[ray\]"') as raised:
+        run_recipe(changed, root=tmp_path / "runs", executor=Inline())
+    assert "\n" not in str(raised.value)
+
+
+def test_the_seed_of_the_page_counts_from_nought_on(page, tmp_path):
+    def seed(*changes):
+        file = page(("trials: 12", "trials: 2"), *changes)
+        run_recipe(file, root=tmp_path / "runs", executor=Inline())
+        return TailorPlan.load(tmp_path / "runs" / "tiny" / "stages" / "smaller" / "plan.json").settings[
+            "seed"
+        ]
+
+    assert seed(("keep_layers: 2", "keep_layers: 2\n      seed: 0")) == 0
+    assert seed(("keep_layers: 2", "keep_layers: 2\n      seed: 7")) == 7
+    assert seed() == derive(0, "smaller")
 
 
 def test_tasks_of_lm_evaluation_harness_are_read_again_when_their_data_change(page, tmp_path):

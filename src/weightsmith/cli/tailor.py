@@ -61,6 +61,7 @@ def register(app: typer.Typer) -> None:
 
         from weightsmith.cli.progress import bars
         from weightsmith.compression import TailorSearch
+        from weightsmith.compression.tailoring.options import TailorOptions
         from weightsmith.errors import CheckpointError
         from weightsmith.recipes.stages.tailor import Tailor
         from weightsmith.recipes.validation import show
@@ -82,7 +83,7 @@ def register(app: typer.Typer) -> None:
         if plan is not None and (idle := [name for name, value in searching.items() if value is not None]):
             raise InputError(f"tailor: --{idle[0]} is for a search, and --plan needs none; leave one out")
         options = output.key_values(option or ())
-        if twice := [key for key in ("base", "candidates", "workers", "device") if key in options]:
+        if twice := [key for key in ("base", "candidates", "workers", "ray", "device") if key in options]:
             raise InputError(f"tailor: --option {twice[0]}: expected an option of the search; see --help")
         candidates = candidate or []
         with bars() as progress:
@@ -113,7 +114,7 @@ def register(app: typer.Typer) -> None:
                     ray=ray,
                     device=device,
                     progress=progress(""),
-                    **stage.search_options(),
+                    **stage.search_options(TailorOptions.seed),
                 ).run()
             chosen.save_pretrained(out, dtype=dtype, overwrite=overwrite, progress=progress(""))
         if mergekit is not None:

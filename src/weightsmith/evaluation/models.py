@@ -38,6 +38,7 @@ def load_model(
 
     Raises:
         CheckpointError: not a readable checkpoint of a causal language model, or without a tokenizer.
+        InputError: no such device.
         MissingExtraError: transformers is not installed.
     """
     transformers = require("transformers", extra="hf", needed_by="evaluation")
@@ -137,6 +138,26 @@ def window_length(config: Mapping[str, Any]) -> int:
     text = config.get("text_config") or config
     positions = text.get("max_position_embeddings") or text.get("n_positions") or 4096
     return max(1, min(1024, int(positions) // 4))
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Positions that a model looks up in a table, past which it can't run (GPT-2, OPT, GPT-J); None where it
+    computes them, as rotary ones mostly are, whatever number its config names.
+    """
+    from torch import nn
+
+    text = model.config.get_text_config(decoder=True)
+    named = getattr(text, "max_position_embeddings", None)
+    tokens = model.get_input_embeddings()
+    # OPT and BioGPT leave rows before the first position.
+    tables = [
+        module.num_embeddings - getattr(module, "offset", 0)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module is not tokens
+    ]
+    # GPT-J and CodeGen store their angles, each layer its own.
+    tables += [len(value) for name, value in model.named_buffers() if name.endswith(".embed_positions")]
+    return named if named in tables else None
 
 
 def default_threads(num_parameters: int) -> int:

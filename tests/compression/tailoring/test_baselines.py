@@ -105,6 +105,32 @@ def test_a_collapse_adds_the_differences_of_the_layers_above():
     assert model.config.num_hidden_layers == 6
 
 
+def test_a_layer_that_is_a_sum_is_added_as_the_sum_that_it_is():
+    model = llama(depth=7)
+    made = laco(model, BATCHES, 4, num_merged=2, threshold=-1.0)
+    # The highest place takes one layer; two places lower, layer 3 takes layer 4 and that place.
+    assert made.groups == ((0,), (1, 2), (3, 4, 5, 6))
+    layers = model.model.layers
+    for name, value in made.model.model.layers[2].named_parameters():
+        start, first, second = (layers[number].get_parameter(name) for number in (3, 4, 5))
+        folded = second + (layers[6].get_parameter(name) - second)
+        torch.testing.assert_close(value, start + (first - start) + (folded - start))
+
+
+def test_a_collapse_shares_nothing_with_the_model_it_was_made_from():
+    model = llama(depth=5)
+    expected = logits(model)
+    made = laco(model, BATCHES, 1, num_merged=1).model
+    ours = {value.data_ptr() for value in model.parameters()}
+    assert not any(value.data_ptr() in ours for value in made.parameters())
+    for one, depth in ((model, 5), (made, 4)):
+        assert {layer.self_attn.config.num_hidden_layers for layer in one.model.layers} == {depth}
+    with torch.no_grad():
+        for value in made.parameters():
+            value.zero_()
+    assert torch.equal(logits(model), expected)
+
+
 def test_a_collapse_that_changes_the_output_too_much_is_not_made_until_the_threshold_falls():
     model = llama(depth=5)
     strict = laco(model, BATCHES, 1, threshold=0.9999, step=0.1)

@@ -4,12 +4,14 @@ subtasks."""
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from weightsmith.compression.tailoring.scoring import (
+    Example,
     FunctionTask,
     NonFiniteError,
     TokenTask,
@@ -17,10 +19,12 @@ from weightsmith.compression.tailoring.scoring import (
     example_order,
     scored,
 )
-from weightsmith.compression.tailoring.tasks import calibration_tasks
+from weightsmith.compression.tailoring.tasks import _Whole, calibration_tasks
 from weightsmith.errors import InputError
 from weightsmith.evaluation import TaskConfig, evaluate
 from weightsmith.testbed import model_config, write_model_folder
+
+from .made import gpt2, llama
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +176,46 @@ def test_a_function_of_the_evaluation_is_one_example(bed, monkeypatch):
     assert (task.size, task.score(bed[0], [0])) == (1, [0.5])
     with pytest.raises(InputError, match="lower is better"):
         one(bed, "mine:lower").score(bed[0], [0])
+
+
+def test_the_digest_of_a_function_is_that_of_its_text(monkeypatch, tmp_path):
+    def digest(function):
+        return FunctionTask("mine", function, 3).digest
+
+    (tmp_path / "first_metric.py").write_text("def score(model, indices):\n    return [0.5] * len(indices)\n")
+    (tmp_path / "other_metric.py").write_text("def score(model, indices):\n    return [0.6] * len(indices)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import first_metric  # pyrefly: ignore[missing-import]
+    import other_metric  # pyrefly: ignore[missing-import]
+
+    class Metric:
+        def __call__(self, model, indices):
+            return [0.5 for _ in indices]
+
+    typed: dict = {}
+    exec("def score(model, indices):\n    return [0.5]\n", typed)
+    kinds = [first_metric.score, other_metric.score, Metric(), typed["score"]]
+    assert len({digest(kind) for kind in kinds}) == 4
+    assert digest(Metric()) == digest(Metric())  # not that of an object's place in memory
+    assert digest(partial(first_metric.score, indices=[1])) == digest(first_metric.score)
+    named = [FunctionTask("mine", _Whole(f"{name}_metric:score", None), 1) for name in ("first", "other")]
+    assert [task.digest for task in named] == [digest(kind) for kind in kinds[:2]]
+
+
+def test_a_row_that_is_longer_than_the_positions_of_the_model_is_named(tmp_path):
+    rows = [("a short one", "yes"), ("w" * 66, "no")]
+    text = "".join(json.dumps({"q": q, "text": a}) + "\n" for q, a in rows)
+    (tmp_path / "rows.jsonl").write_text(text)
+    tokenizer = AutoTokenizer.from_pretrained(write_model_folder("xs", tmp_path / "bed"))
+    config = TaskConfig(task=str(tmp_path / "rows.jsonl"), prompt="q")
+    (task,) = calibration_tasks(config, tokenizer, {})
+    (prompt, (answer,), *_) = task.examples[1]
+    expected = rf"task `rows`: row 2 has {len(prompt) + len(answer) - 1} tokens, the model has 64 positions"
+    with pytest.raises(InputError, match=expected):
+        task.prepare(gpt2())
+    assert task.prepare(llama()) == task  # 64 in its config, and rotary
+    fits = replace(task, examples=(Example((1,) * 60, ((2,) * 5,)),))
+    assert fits.prepare(gpt2()) == fits
 
 
 @pytest.mark.parametrize(

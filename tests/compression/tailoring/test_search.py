@@ -9,6 +9,8 @@ import torch
 from weightsmith.compression import TailorSearch
 from weightsmith.compression.tailoring import search as module
 from weightsmith.compression.tailoring import workers
+from weightsmith.compression.tailoring.backends import Request
+from weightsmith.compression.tailoring.baselines import block_influence
 from weightsmith.compression.tailoring.pool import LayerPool
 from weightsmith.compression.tailoring.scoring import FunctionTask, NonFiniteError
 from weightsmith.compression.tailoring.space import Space
@@ -103,11 +105,19 @@ def test_a_finished_search_computes_nothing_again(small, tmp_path):
 def test_more_trials_go_on_from_the_ones_there_are(small, tmp_path):
     base, candidates = small
     whole = TailorSearch(base, candidates, tasks=Likelihood(), work=tmp_path, **SMALL)
-    whole.run()
+    first = whole.run()
     more = TailorSearch(base, candidates, tasks=Likelihood(), work=tmp_path, **(SMALL | {"n_trials": 60}))
-    more.run()
+    second = more.run()
     assert asked(more)[:40] == asked(whole)
     assert len(asked(more)) == 60
+    assert (first.settings["planned"], first.settings["n_trials"]) == (40, 40)
+    # What makes it again is a search of as many trials as were planned, and one of all after it.
+    assert (second.settings["planned"], second.settings["n_trials"]) == (40, 60)
+    again = tmp_path / "again"
+    for n_trials in (second.settings["planned"], second.settings["n_trials"]):
+        options = SMALL | {"n_trials": n_trials}
+        plan = TailorSearch(base, candidates, tasks=Likelihood(), work=again, **options).run()
+    assert plan == second
     header, trials = read_trials(tmp_path / "trials.jsonl")
     assert [trial.id for trial in trials] == list(range(60))
     assert header["n_trials"] == 40
@@ -229,6 +239,80 @@ def test_smac_asks_for_configurations_of_the_space_and_goes_on(small, tmp_path):
     assert asked(again) == asked(whole)
 
 
+class Stubborn:
+    """Asks for one configuration after the other, and for the first ones again without an end."""
+
+    def __init__(self, configurations):
+        self.configurations, self.asks = configurations, 0
+
+    def ask(self):
+        self.asks += 1
+        return [Request(self.configurations[(self.asks - 1) % len(self.configurations)], 12)]
+
+    def tell(self, trials):
+        pass
+
+
+@pytest.mark.parametrize("known", [4, 3])
+def test_a_backend_that_never_ends_is_not_asked_when_nothing_is_left(small, monkeypatch, known):
+    every = list(Space(depth=4, num_dropped=1).every())
+    backend = Stubborn(every[:known])
+    monkeypatch.setattr(TailorSearch, "_backend", lambda *_: backend)
+    search = TailorSearch(small[0], tasks=Likelihood(), **(SMALL | {"min_budget": 12}))
+    search.run()
+    assert len(search.trials) == known
+    # All of the space is known, or so many proposals in a row were known that the rest won't come.
+    assert backend.asks == (4 if known == 4 else 3 + module._FRUITLESS)
+
+
+def test_how_many_are_asked_at_once_does_not_change_when_to_give_up(small, monkeypatch):
+    backend = Stubborn(list(Space(depth=4, num_dropped=1).every())[:1])
+    ask = backend.ask
+    backend.ask = lambda: ask() * 50
+    monkeypatch.setattr(TailorSearch, "_backend", lambda *_: backend)
+    TailorSearch(small[0], tasks=Likelihood(), **SMALL).run()
+    assert backend.asks == 1 + module._FRUITLESS // 50
+
+
+class Long(Likelihood):
+    """Shows rows that are longer than the 64 positions of the models."""
+
+    def token_rows(self, indices):
+        return [(row * 10)[:100] for row in super().token_rows(indices)]
+
+
+@pytest.mark.parametrize(("kind", "length"), [("gpt2", 64), ("llama", 100)])
+def test_rows_to_compare_layers_on_are_cut_from_the_left_where_positions_end(monkeypatch, kind, length):
+    seen = []
+
+    def look(model, batches):
+        seen.extend(row for batch in batches for row in batch.tolist())
+        return block_influence(model, batches)
+
+    monkeypatch.setattr(module, "block_influence", look)
+    task = Long()
+    TailorSearch(family(kind)[0], tasks=task, **(SMALL | {"n_trials": 2})).run()
+    whole = task.token_rows(range(12))
+    assert sorted(seen) == sorted(row[-length:] for row in whole)
+
+
+def test_the_log_of_a_function_that_was_changed_is_refused(small, tmp_path):
+    def run(function):
+        task = FunctionTask("mine", function, 12)
+        TailorSearch(small[0], tasks=task, work=tmp_path, **(SMALL | {"n_trials": 2})).run()
+
+    def half(model, indices):
+        return [0.5 for _ in indices]
+
+    def third(model, indices):
+        return [0.3 for _ in indices]
+
+    run(half)
+    run(half)
+    with pytest.raises(InputError, match="was made with tasks"):
+        run(third)
+
+
 def scores(value):
     def function(model, indices):
         return [value for _ in indices]
@@ -331,6 +415,10 @@ def test_few_examples_are_said_and_rungs_that_are_one_are_run_once(small, caplog
         ({"lambda_range": (0.5,)}, r"lambda_range: \(0.5,\), expected \(least, largest\)"),
         ({"lambda_range": (0.33331, 0.33339)}, "expected .least, largest., in thousandths"),
         ({"merge_methods": ("ties",)}, "merge_methods: 'ties'"),
+        ({"sparsity": "0.3"}, "sparsity: '0.3', expected a number"),
+        ({"keep_layers": 2.5}, r"keep_layers: 2\.5, expected a whole number"),
+        ({"n_trials": True}, "n_trials: True, expected a whole number"),
+        ({"early_stop": "no"}, "early_stop: 'no', expected true or false"),
         ({"trials": 9}, "unexpected keyword argument 'trials'"),
     ],
 )

@@ -3,7 +3,8 @@
     ShortGPT     block influence BI_i = 1 - E cos(h_i, h_{i+1}); the R smallest go         arXiv:2403.03853
     angular      the block of R layers of the least arccos(cos(h_i, h_{i+R})) / pi goes    arXiv:2403.17887
     LaCo         from the top down, the next m layers' differences are added to a layer,
-                 theta_i + sum_k (theta_{i+k} - theta_i), while the outputs stay alike     arXiv:2402.11187
+                 theta_i + sum_k (theta_{i+k} - theta_i), while the outputs stay alike;
+                 theta is of the model as it is by then: a sum may be added to another     arXiv:2402.11187
     greedy       the layer without which perplexity is least goes, one after the other     arXiv:2402.09025
 
 `random` with as many trials as a search is the option `optimizer="random"` of `TailorSearch`.
@@ -21,7 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -117,8 +118,8 @@ class Collapse:
 
     Attributes:
         model: The smaller model; it shares nothing with the one it was made from.
-        groups: Numbers of the base's layers that stand in each place of it: one, or a layer and those added
-        to it.
+        groups: Numbers of the base's layers that stand in each place of it: one, or a layer and those folded
+            into it, at once or one fold inside of another.
         threshold: The one at which enough layers were gone.
     """
 
@@ -158,17 +159,29 @@ def laco(
     _check_number(model, num_dropped)
     wanted = _last_hidden(model, path, batches)
     while threshold >= _LEAST_THRESHOLD:
-        groups = _collapsed(
+        places = _collapsed(
             model, path, batches, wanted, num_dropped, (num_merged, lowest, interval), threshold
         )
-        if len(groups) == len(layers) - num_dropped:
-            made: Any = copy.deepcopy(model)
-            _restack(made, path, [_added(layers, group) for group in groups], [group[0] for group in groups])
-            return Collapse(model=made, groups=groups, threshold=threshold)
+        if len(places) == len(layers) - num_dropped:
+            with _stacked(model, path, places):
+                made = copy.deepcopy(model)
+            return Collapse(model=made, groups=tuple(place.group for place in places), threshold=threshold)
         threshold -= step
     raise InputError(
         f"LaCo: {num_dropped} layers can't be collapsed from layer {lowest} on by {num_merged} at once"
     )
+
+
+class _Place(NamedTuple):
+    """What stands in a place of the model as it is folded.
+
+    Attributes:
+        layer: The module.
+        group: Numbers of the layers that it was made of, ascending.
+    """
+
+    layer: nn.Module
+    group: tuple[int, ...]
 
 
 def _collapsed(
@@ -179,52 +192,53 @@ def _collapsed(
     num_dropped: int,
     shape: tuple[int, int, int],
     threshold: float,
-) -> tuple[tuple[int, ...], ...]:
-    """Groups of layers after one descent."""
+) -> list[_Place]:
+    """The places after one descent."""
     num_merged, lowest, interval = shape
-    layers = list(model.get_submodule(path))
-    groups: list[tuple[int, ...]] = [(layer,) for layer in range(len(layers))]
-    place = len(groups) - 2
-    while place >= lowest and len(layers) - len(groups) < num_dropped:
-        left = num_dropped - (len(layers) - len(groups))
-        count = min(num_merged, left, len(groups) - 1 - place)
-        merged = tuple(layer for group in groups[place : place + count + 1] for layer in group)
-        trial = [*groups[:place], merged, *groups[place + count + 1 :]]
-        with _stacked(model, path, [_added(layers, group) for group in trial], [group[0] for group in trial]):
+    places = [_Place(layer, (number,)) for number, layer in enumerate(model.get_submodule(path))]
+    smallest = len(places) - num_dropped
+    at = len(places) - 2
+    while at >= lowest and len(places) > smallest:
+        end = min(at + num_merged, at + len(places) - smallest, len(places) - 1) + 1
+        trial = [*places[:at], _folded(places[at:end]), *places[end:]]
+        with _stacked(model, path, trial):
             found = _last_hidden(model, path, batches)
         cosines = torch.cat([_cosine(a, b).flatten() for a, b in zip(wanted, found, strict=True)])
         if float(cosines.double().mean()) > threshold:
-            groups = trial
-            place = min(place - interval, len(groups) - 2)
+            places = trial
+            at = min(at - interval, len(places) - 2)
         else:
-            place -= 1
-    return tuple(groups)
+            at -= 1
+    return places
 
 
-def _added(layers: Sequence[nn.Module], group: Sequence[int]) -> nn.Module:
-    """A layer to which the differences of others were added."""
-    first = layers[group[0]]
-    if len(group) == 1:
-        return first
-    made = copy.deepcopy(first)
-    others = [layers[number].state_dict() for number in group[1:]]
+def _folded(places: Sequence[_Place]) -> _Place:
+    """One place of several: to the first is added how the others, as they now are, differ from it."""
+    first, *others = places
+    made = copy.deepcopy(first.layer)
+    theirs = [other.layer.state_dict() for other in others]
     with torch.no_grad():
         for name, value in made.state_dict().items():
             if value.is_floating_point():
                 start = value.float()
-                value.copy_(start + sum(other[name].float() - start for other in others))
-    return made
+                value.copy_(start + sum(other[name].float() - start for other in theirs))
+    return _Place(made, tuple(number for place in places for number in place.group))
 
 
 @contextmanager
-def _stacked(model: Any, path: str, layers: Sequence[nn.Module], numbers: Sequence[int]) -> Iterator[None]:
-    """Inside the block the model has other layers."""
+def _stacked(model: Any, path: str, places: Sequence[_Place]) -> Iterator[None]:
+    """Inside the block the model has other layers, and a config that fits them."""
     parent, _, last = path.rpartition(".")
     body = model.get_submodule(parent)
     before = getattr(body, last)
     configs = [(module, module.config) for module in model.modules() if "config" in module.__dict__]
+    config = fitted_config(model.config, [place.group[0] for place in places])
     try:
-        _restack(model, path, layers, numbers)
+        setattr(body, last, nn.ModuleList(place.layer for place in places))
+        for number, place in enumerate(places):
+            PlacedLayer(place.layer).renumber(number)
+        for module in model.modules():
+            replace_config(module, config)
         yield
     finally:
         setattr(body, last, before)
@@ -232,17 +246,6 @@ def _stacked(model: Any, path: str, layers: Sequence[nn.Module], numbers: Sequen
             module.config = config
         for number, layer in enumerate(before):
             PlacedLayer(layer).renumber(number)
-
-
-def _restack(model: Any, path: str, layers: Sequence[nn.Module], numbers: Sequence[int]) -> None:
-    """Give a model other layers, and a config that fits those of the base with these numbers."""
-    parent, _, last = path.rpartition(".")
-    config = fitted_config(model.config, numbers)
-    setattr(model.get_submodule(parent), last, nn.ModuleList(layers))
-    for place, layer in enumerate(layers):
-        PlacedLayer(layer).renumber(place)
-    for module in model.modules():
-        replace_config(module, config)
 
 
 def _last_hidden(model: Any, path: str, batches: Batches) -> list[Tensor]:

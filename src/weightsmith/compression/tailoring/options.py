@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from weightsmith.compression.tailoring.space import grid
@@ -17,6 +17,12 @@ OPTIMIZERS: tuple[Optimizer, ...] = ("evolution", "optuna", "smac", "random")
 EDGES: tuple[Edge, ...] = ("follow", "base", "mean")
 CHOICES: tuple[Choice, ...] = ("mean", "scaled_mean", "chebyshev")
 METHOD = "task_arithmetic"
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+}
+"""What the fields of each annotation may hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,15 @@ class TailorOptions:
     """Of everything random."""
 
     def __post_init__(self) -> None:
+        for entry in fields(self):
+            word, _, missing = str(entry.type).partition(" | ")
+            value = getattr(self, entry.name)
+            if word not in _KINDS or (missing and value is None):
+                continue
+            kinds, wanted = _KINDS[word]
+            # To Python `True` is a number, too.
+            if not isinstance(value, kinds) or (isinstance(value, bool) and word != "bool"):
+                raise InputError(f"{entry.name}: {value!r}, expected {wanted}")
         for name in ("n_trials", "min_budget", "max_budget", "generation", "max_failures"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)}, expected at least 1")

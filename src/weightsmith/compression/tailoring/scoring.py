@@ -9,8 +9,7 @@ ended.
     function     what a function of the model and of the examples' numbers returns
 
 The score of a task at budget b is the mean over the first b examples of one seeded order, in which subtasks
-are spread
-evenly: a rung scores only what the rung below it did not.
+are spread evenly: a rung scores only what the rung below it did not.
 
 Source  arXiv:2506.20480 takes the first b documents of each subtask instead. The mapping of perplexity is the
         reciprocal of the spec's formula, which grows where the model gets worse.
@@ -19,16 +18,19 @@ Source  arXiv:2506.20480 takes the first b documents of each subtask instead. Th
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import random
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from typing import Any, Literal, NamedTuple, Protocol
 
 from weightsmith.errors import InputError
 from weightsmith.evaluation import likelihood
 from weightsmith.evaluation.likelihood import NonFiniteError
+from weightsmith.evaluation.models import position_limit
 from weightsmith.runs.seeds import derive
 
 Kind = Literal["exact", "choice", "perplexity", "retained"]
@@ -114,7 +116,12 @@ class TokenTask:
         return hashlib.blake2b(repr((self.kind, self.examples)).encode(), digest_size=16).hexdigest()
 
     def prepare(self, base: Any) -> TokenTask:
-        """With the base's own nats, where they are needed."""
+        """With the base's own nats, where they are needed.
+
+        Raises:
+            InputError: an example is longer than the table of positions that the base has.
+        """
+        self._check_lengths(position_limit(base))
         if self.kind in ("exact", "choice"):
             return self
         every = range(self.size)
@@ -158,6 +165,15 @@ class TokenTask:
         chosen = [self.examples[index] for index in indices]
         return [[*one.prompt, *one.answers[one.right]] for one in chosen]
 
+    def _check_lengths(self, positions: int | None) -> None:
+        for number, (prompt, answers, *_) in enumerate(self.examples, start=1):
+            num_tokens = len(prompt) + max(map(len, answers)) - 1  # the last one is predicted and never read
+            if positions is not None and num_tokens > positions:
+                raise InputError(
+                    f"task `{self.name}`: row {number} has {num_tokens} tokens, the model has {positions} "
+                    "positions; shorten it or leave it out"
+                )
+
     def _likeliest(self, index: int, found: Sequence[likelihood.Answer]) -> int:
         lengths = self.examples[index].lengths
         ranked = [(answer.log_likelihood / lengths[place], -place) for place, answer in enumerate(found)]
@@ -196,6 +212,13 @@ class FunctionTask:
     size: int
     strata: Sequence[Hashable] | None = None
 
+    @property
+    def digest(self) -> str:
+        """Stands for the function's own source, where there is one to read: a log of another one is another
+        search's. What it calls, closes over or reads is not known.
+        """
+        return hashlib.blake2b(_source(self.function).encode(), digest_size=16).hexdigest()
+
     def prepare(self, base: Any) -> FunctionTask:
         """Nothing to know of the base."""
         return self
@@ -203,6 +226,17 @@ class FunctionTask:
     def score(self, model: Any, indices: Sequence[int]) -> list[float]:
         """As `Task.score`."""
         return [float(value) for value in self.function(model, list(indices))]
+
+
+def _source(function: Callable[..., Any]) -> str:
+    """The text of a function, or of the class of an object that can be called; empty where it has none."""
+    while isinstance(function, partial):
+        function = function.func
+    known = inspect.unwrap(function)
+    try:
+        return inspect.getsource(known if inspect.isroutine(known) else type(known))
+    except (OSError, TypeError):  # typed at a prompt, or not Python
+        return ""
 
 
 def scored(model: Any, wanted: Sequence[tuple[Task, Sequence[int]]]) -> list[Sequence[float]]:

@@ -44,6 +44,7 @@ from weightsmith.compression.tailoring.trials import Trial, TrialLog
 from weightsmith.compression.tailoring.workers import Workers, workers
 from weightsmith.errors import InputError
 from weightsmith.evaluation import TaskConfig
+from weightsmith.evaluation.models import position_limit
 from weightsmith.runs.locks import FolderLock
 from weightsmith.runs.progress import SILENT, Progress
 from weightsmith.runs.seeds import derive
@@ -52,8 +53,10 @@ log = logging.getLogger(__name__)
 
 LOG_FILE, PLAN_FILE = "trials.jsonl", "plan.json"
 _INFLUENCE_EXAMPLES = 32
-_FRUITLESS_ASKS = 200
-"""Asks in a row that bring nothing new, after which a backend is taken to have nothing left."""
+_FRUITLESS = 100
+"""Proposals in a row that are known already, after which a backend is taken to have nothing left: one of
+twelve of SMAC's is drawn at random, and each takes it a third of a second.
+"""
 
 
 class TailorSearch:
@@ -71,7 +74,7 @@ class TailorSearch:
             they share its examples, and the first one has the log.
         ray: Compute on a Ray cluster instead: "auto", "local" or HOST:PORT.
         device: For models that are loaded here.
-        dtype: For models that are loaded here.
+        dtype: For models that are loaded here: "auto" or a torch dtype's name.
         choose_by: Chooses among the Pareto set in the place of `select`: from the list of trials to a place
         in it.
         progress: Told about each trial.
@@ -180,8 +183,12 @@ class TailorSearch:
                 book = Book(
                     tasks, trial_log, rungs, max_failures=options.max_failures, early_stop=options.early_stop
                 )
-                self._search(backend, crew, book)
-            plan = self._plan(known, header, pool)
+                # A space that is small is spent before the trials are; SMAC would go on to ask what is known.
+                most = min(options.n_trials, space.size * len(rungs))
+                self._search(backend, crew, book, most)
+            # The starts and SMAC keep to the number that the search began with.
+            settings = {**header, "planned": trial_log.header["n_trials"]}
+            plan = self._plan(known, settings, pool)
             if self._work is not None:
                 plan.save(self._work / PLAN_FILE)
         if world > 1:
@@ -213,8 +220,10 @@ class TailorSearch:
         """Who decides; `planned` is the number of trials that the search began with."""
         options = self.options
         influences = []
+        positions = position_limit(pool.base)
         rows = [
-            row
+            # From the left, as lm-evaluation-harness cuts what it scores.
+            row[-positions:] if positions else row
             for task in tasks
             if options.seeds == "all" and hasattr(task, "token_rows")
             for row in task.token_rows(orders[task.name][:_INFLUENCE_EXAMPLES])
@@ -268,16 +277,16 @@ class TailorSearch:
             generation=options.generation,
         )
 
-    def _search(self, backend: Backend, crew: Workers, book: Book) -> None:
-        """Ask, measure, tell; until the trials are spent or there is nothing new to ask."""
-        self._progress.start("tailoring", self.options.n_trials, "trials")
+    def _search(self, backend: Backend, crew: Workers, book: Book, most: int) -> None:
+        """Ask, measure, tell; until there are `most` trials or there is nothing new to ask."""
+        self._progress.start("tailoring", most, "trials")
         fruitless = 0
-        while len(book.trials) < self.options.n_trials and fruitless < _FRUITLESS_ASKS:
+        while len(book.trials) < most and fruitless < _FRUITLESS:
             asked = backend.ask()
             if not asked:
                 break
             before = len(book.trials)
-            new = book.begin(asked, self.options.n_trials)
+            new = book.begin(asked, most)
             for number, outcome in crew.outcomes(new, book.job):
                 book.take(number, outcome)
             self._progress.advance(len(book.trials) - before)
@@ -285,11 +294,11 @@ class TailorSearch:
             if answers is None:
                 break  # the last trial fell into the middle of what was asked
             backend.tell(answers)
-            fruitless = 0 if len(book.trials) > before else fruitless + 1
+            fruitless = 0 if len(book.trials) > before else fruitless + len(asked)
         self._progress.done()
         self.trials = sorted(book.trials.values(), key=lambda trial: trial.id)
 
-    def _plan(self, known: Sequence[Member], header: dict[str, Any], pool: LayerPool) -> TailorPlan:
+    def _plan(self, known: Sequence[Member], settings: dict[str, Any], pool: LayerPool) -> TailorPlan:
         sound = [trial for trial in self.trials if trial.status == "ok"]
         if not sound:
             errors = list(dict.fromkeys(trial.error or trial.status for trial in self.trials))[:3]
@@ -308,7 +317,7 @@ class TailorSearch:
                 Point(trial=trial.id, configuration=trial.configuration, costs=dict(trial.costs))
                 for trial in front
             ),
-            settings={**header, "trial": chosen.id, "trials": len(self.trials)},
+            settings={**settings, "trial": chosen.id, "trials": len(self.trials)},
             num_parameters=pool.num_parameters(chosen.configuration),
             base_parameters=pool.num_parameters(Configuration.of(pool.depth)),
             sources=self._sources,

@@ -25,6 +25,11 @@ class _Whole:
     path: str
     tokenizer: Any
 
+    @property
+    def __wrapped__(self) -> Any:
+        """The function itself, to `inspect`."""
+        return load_function(self.path)
+
     def __call__(self, model: Any, indices: Sequence[int]) -> list[float]:
         given = load_function(self.path)(model, self.tokenizer)
         if isinstance(given, Score):

@@ -60,6 +60,8 @@ class Mediate(MediatorConfig):
     """Prompts of each task that the router learns from."""
     device: str = "auto"
     """Where the model runs to see them: `auto` (CUDA where there is one) or a torch device."""
+    seed: int | None = None  # pyrefly: ignore[bad-override]
+    """Of `select: random`; by default the recipe's seed and the stage's name decide."""
 
     kind: ClassVar[str] = "mediate"
     makes_model: ClassVar[bool] = True
@@ -140,12 +142,12 @@ class Mediate(MediatorConfig):
         from weightsmith.merging.mediator import Mediator
 
         self._check_prompts()
-        out = workspace.checkpoint
+        out, config = workspace.checkpoint, self._config(workspace)
         made = build_mediator(
             models[self.base],
             self._folders(models),
             out,
-            self._config(workspace),
+            config,
             progress=progress,
             # An attempt killed before its router was fitted left a whole folder; it is written again, the
             # same.
@@ -163,7 +165,8 @@ class Mediate(MediatorConfig):
         mediated.save_router()
         mediated.close()
         progress.done()
-        return Done({"checkpoint": "checkpoint", "plan": PLAN}, self.identity())
+        record = {**self.identity(), "seed": config.seed}
+        return Done({"checkpoint": "checkpoint", "plan": PLAN}, record)
 
     @property
     def _named(self) -> dict[str, str]:
@@ -180,7 +183,7 @@ class Mediate(MediatorConfig):
         options: dict[str, Any] = {
             entry.name: getattr(self, entry.name) for entry in dataclasses.fields(MediatorConfig)
         }
-        options["seed"] = self.seed or workspace.seed
+        options["seed"] = workspace.seed if self.seed is None else self.seed
         return MediatorConfig(**options)
 
     def _check_prompts(self) -> None:

@@ -49,8 +49,12 @@ class Tailor(TailorOptions):
     """What combinations are scored on (calibration halves); by default what the models were trained on."""
     workers: int = 1
     """Trials at once, each in a process of its own; the outcome is the same."""
+    ray: str | None = None
+    """Workers on a Ray cluster instead: `auto`, `local` or HOST:PORT."""
     device: str = "auto"
     """Where models run: `auto` (CUDA where there is one) or a torch device."""
+    seed: int | None = None  # pyrefly: ignore[bad-override]
+    """Of everything random; by default the recipe's seed and the stage's name decide."""
 
     kind: ClassVar[str] = "tailor"
     makes_model: ClassVar[bool] = True
@@ -96,7 +100,7 @@ class Tailor(TailorOptions):
 
     def identity(self) -> dict[str, Any]:
         """See `contract.Stage`."""
-        no_effect = ("device", "workers", "blend_cache_bytes", "prefix_cache_bytes")
+        no_effect = ("device", "workers", "ray", "blend_cache_bytes", "prefix_cache_bytes")
         words = {key: value for key, value in plain(self).items() if key not in no_effect}
         return {"trials" if key == "n_trials" else key: value for key, value in words.items()}
 
@@ -144,13 +148,14 @@ class Tailor(TailorOptions):
         """Search, going on from the trials of a killed attempt, and write the chosen model."""
         from weightsmith.compression.tailoring.search import TailorSearch
 
-        options: dict[str, Any] = {**self.search_options(), "seed": self.seed or workspace.seed}
+        options = self.search_options(workspace.seed)
         search = TailorSearch(
             models[self.base],
             [models[name] for name in self.candidates],
             tasks=self._tasks(),
             work=workspace.work,
             num_workers=self.workers,
+            ray=self.ray,
             device=self.device,
             progress=progress,
             **options,
@@ -160,7 +165,8 @@ class Tailor(TailorOptions):
         plan.save_pretrained(workspace.checkpoint, overwrite=True, progress=progress)
         plan.save(workspace.folder / PLAN)
         write_json(workspace.folder / TRIALS, [trial.summary() for trial in search.trials])
-        return Done({"checkpoint": "checkpoint", "plan": PLAN, "trials": TRIALS}, self.identity())
+        outputs = {"checkpoint": "checkpoint", "plan": PLAN, "trials": TRIALS}
+        return Done(outputs, {**self.identity(), "seed": options["seed"]})
 
     def _prefix_bytes(self, tasks: PageTasks, config: Mapping[str, Any], depth: int) -> int:
         """Activations after each layer, of every trial at the lowest budget."""
@@ -168,9 +174,10 @@ class Tailor(TailorOptions):
         tokens = len(scoring.names(tasks)) * self.rungs()[0] * _CHARACTERS
         return self.n_trials * depth * tokens * 4 * int(text.get("hidden_size") or text.get("n_embd") or 1024)
 
-    def search_options(self) -> dict[str, Any]:
-        """The fields of `TailorOptions`."""
-        return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(TailorOptions)}
+    def search_options(self, seed: int) -> dict[str, Any]:
+        """The fields of `TailorOptions`; `seed` where the page gives none."""
+        options = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(TailorOptions)}
+        return {**options, "seed": seed if self.seed is None else self.seed}
 
     def _tasks(self) -> Any:
         if self.tasks is None:

@@ -83,7 +83,7 @@ class PrefixCache:
         return sorted((place for place in found if place >= 0), reverse=True)
 
     def before(self, place: int) -> set[str]:
-        """Parameters outside of the layers that passes used up to the end of layer `place`, to be added to."""
+        """Parameters outside of the layers that passes used up to layer `place`, to be added to."""
         return self._before.setdefault(place, set())
 
     def get(self, key: Key) -> tuple[Tensor, bool] | None:

@@ -47,6 +47,7 @@ class PrefixCache:
         self._max, self._held, self._cuts = max_bytes, 0, cuts
         self._entries: OrderedDict[Key, tuple[Tensor, bool]] = OrderedDict()
         self._before: dict[int, set[str]] = {}
+        self._holders: tuple[Any, list[tuple[Any, frozenset[str]]]] | None = None
         self.num_skipped = self.num_run = 0
 
     @contextmanager
@@ -66,7 +67,10 @@ class PrefixCache:
         run = _Run(self, body, last, configuration, pool.origins(configuration))
         hooks = [
             model.register_forward_pre_hook(run.forget),
-            *run.watch(model, pool.path),
+            *(
+                module.register_forward_pre_hook(lambda *_, names=names: run.use(names))
+                for module, names in self._holders_of(model, pool.path)
+            ),
             body.register_forward_pre_hook(run.begin, with_kwargs=True),
             body.register_forward_hook(run.end, always_call=True),
         ]
@@ -81,6 +85,23 @@ class PrefixCache:
         """Layers after which activations are kept, the deepest first."""
         found = {(cut + 1) * num_layers // (self._cuts + 1) - 1 for cut in range(self._cuts)}
         return sorted((place for place in found if place >= 0), reverse=True)
+
+    def _holders_of(self, model: Any, path: str) -> list[tuple[Any, frozenset[str]]]:
+        """Modules outside of the layers with parameters of their own, and the names of these. The modules of
+        what a pool assembles stay the same.
+        """
+        if self._holders is None or self._holders[0] is not model:
+            outside = [(at, module) for at, module in model.named_modules() if not at.startswith(f"{path}.")]
+            names = {id(value): name for name, value in model.named_parameters()}
+            found = [
+                (
+                    module,
+                    frozenset(names[id(value)] for value in module._parameters.values() if value is not None),
+                )
+                for _, module in outside
+            ]
+            self._holders = model, [(module, own) for module, own in found if own]
+        return self._holders[1]
 
     def before(self, place: int) -> set[str]:
         """Parameters outside of the layers that passes used up to layer `place`, to be added to."""
@@ -125,15 +146,9 @@ class _Run:
         """Before a pass of the whole model: nothing was used yet."""
         self._used.clear()
 
-    def watch(self, model: Any, path: str) -> list[Any]:
-        """Hooks that note which parameters outside of the layers are used, by the modules that hold them."""
-        names = {id(value): name for name, value in model.named_parameters() if name in self._origins}
-        hooks = []
-        for place, module in model.named_modules():
-            own = {names[id(value)] for value in module._parameters.values() if id(value) in names}
-            if own and not place.startswith(f"{path}."):
-                hooks.append(module.register_forward_pre_hook(lambda *_, own=own: self._used.update(own)))
-        return hooks
+    def use(self, names: frozenset[str]) -> None:
+        """A module is called that holds these parameters."""
+        self._used |= names
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a pass: put what is known in the place of the first layers, listen where something is

@@ -186,6 +186,9 @@ class TailorPlan:
     ) -> Path:
         """Write the model as an ordinary checkpoint, with the base's tokenizer and our lineage.
 
+        Of loaded models, the tokenizer is that of the folder that the base was loaded from, and the lineage
+        names the folders that still hold what was loaded; a warning says what is not known.
+
         Args:
             out: Folder to make.
             dtype: Of its weights; each tensor as the base stores it by default.
@@ -194,6 +197,7 @@ class TailorPlan:
 
         Raises:
             CheckpointError: `out` exists, or a model's content is not what the plan was made for.
+            InputError: the models don't fit one another, or `dtype` is none that weights can have.
             SystemFault: no space, no permission.
         """
         from weightsmith.compression.tailoring.saving import save_live, save_stored

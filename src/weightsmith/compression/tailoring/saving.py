@@ -91,11 +91,11 @@ def save_live(plan: TailorPlan, out: str | Path, *, dtype: str, overwrite: bool,
     """As `TailorPlan.save_pretrained`, of models in memory."""
     wanted = None if dtype == "auto" else torch_name(dtype)
     with ExitStack() as stack:
-        files, ancestors = _origins(plan, out, stack)
         # Refuses an `out` that can't be made before anything is computed; when this process is killed, the
         # next one that writes `out` tidies it away.
         scratch = Staging(Path(out), overwrite=overwrite)
         stack.callback(scratch.abort)
+        files, ancestors = _origins(plan, out, stack)
         model = plan.build(wanted)
         safetensors: Any = require("safetensors", extra="hf", needed_by="writing a tailored model")
         with system_faults(out), without_bars():

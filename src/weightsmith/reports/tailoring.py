@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from weightsmith.reports.folder import Run, Stage
 
 CELL, TALL, HEAD, SIDE = 58.0, 30.0, 22.0, 74.0
 WRAP = 16  # layers in a row of the drawing
+# In the order in which plans of one budget are listed.
+STATES = {"ok": "", "stopped": "given up", "nonfinite": "not finite", "failed": "failed"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,8 @@ class Tailoring:
         drawing: The chosen plan, layer by layer.
         panels: Scores of the plans against each other, and the best so far of each rung.
         tasks: What was scored.
-        rows: Plans at the highest budget, best mean first.
+        rows: Plans that were scored on all examples, best mean first.
+        others: All others that were tried: those of more examples first, then by state and mean.
     """
 
     stage: str
@@ -37,14 +41,30 @@ class Tailoring:
     panels: tuple[Panel, ...]
     tasks: tuple[str, ...]
     rows: tuple[Row, ...]
+    others: tuple[Row, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One plan of the table: what it is, its scores by task and their mean, whether none beats it on all."""
+    """One plan: its last trial.
+
+    Attributes:
+        trial: Number.
+        words: The plan in one line.
+        budget: Examples of each task that it was to be scored on.
+        status: As the log has it.
+        remark: What there is to say of it: chosen, unbeaten, given up, how it failed.
+        scores: By task; those of what was scored where it was given up, none where it failed.
+        mean: Of the scores; 0 where there are none.
+        on_front: Whether no other beats it on every task.
+        chosen: Whether it is the one.
+    """
 
     trial: int
     words: str
+    budget: int
+    status: str
+    remark: str
     scores: tuple[float, ...]
     mean: float
     on_front: bool
@@ -60,28 +80,20 @@ def _tailoring(stage: Stage, plan: Mapping[str, Any], trials: Sequence[Mapping[s
     names = [model["name"] for model in plan["models"]]
     tasks = tuple(plan["costs"])
     front = {point["trial"] for point in plan["front"]}
-    top = [trial for trial in trials if trial["budget"] == plan["budget"] and trial["status"] == "ok"]
-    rows = sorted(
-        (
-            Row(
-                trial=trial["id"],
-                words=plan_words(trial["configuration"], names),
-                scores=tuple(1 - trial["costs"][task] for task in tasks),
-                mean=1 - sum(trial["costs"].values()) / len(tasks),
-                on_front=trial["id"] in front,
-                chosen=trial["id"] == plan["settings"]["trial"],
-            )
-            for trial in top
-        ),
-        key=lambda row: (-row.mean, row.trial),
-    )
+    last: dict[str, Mapping[str, Any]] = {}
+    for trial in sorted(trials, key=lambda trial: trial["budget"]):
+        last[json.dumps(trial["configuration"], sort_keys=True)] = trial
+    found = [_row(trial, tasks, names, front, plan["settings"]["trial"]) for trial in last.values()]
+    found.sort(key=_place)
+    rows = tuple(row for row in found if row.budget == plan["budget"] and row.status == "ok")
     kept = plan["configuration"]["layers"]
     blended = sum(len(layer["sources"]) > 1 for layer in kept)
     failed = sum(trial["status"] not in ("ok", "stopped") for trial in trials)
     stopped = sum(trial["status"] == "stopped" for trial in trials)
     words = (
         f"{len(kept)} of {plan['configuration']['depth']} layers are kept, {blended} of them blended; chosen "
-        f"among {len(front)} plans that no other beats on every task, after {len(trials)} trials"
+        f"among {len(front)} plans that no other beats on every task, after {len(trials)} trials of "
+        f"{len(found)} plans"
         + (f", of which {failed} failed" if failed else "")
         + (f"; {stopped} were given up early." if stopped else ".")
     )
@@ -91,8 +103,35 @@ def _tailoring(stage: Stage, plan: Mapping[str, Any], trials: Sequence[Mapping[s
         drawing=draw_plan(plan["configuration"], names),
         panels=(_scatter(stage, rows), _progress(stage, trials)),
         tasks=tasks,
-        rows=tuple(rows),
+        rows=rows,
+        others=tuple(row for row in found if row not in rows),
     )
+
+
+def _row(
+    trial: Mapping[str, Any], tasks: Sequence[str], names: Sequence[str], front: set[int], chosen: int
+) -> Row:
+    number, status = trial["id"], trial["status"]
+    scores = tuple(1 - trial["costs"][task] for task in tasks) if status in ("ok", "stopped") else ()
+    remark = "chosen" if number == chosen else "unbeaten" if number in front else STATES[status]
+    if error := (trial.get("error") or "").strip():
+        remark += f": {drawing.shorten(error.splitlines()[-1], 80)}"
+    return Row(
+        trial=number,
+        words=plan_words(trial["configuration"], names),
+        budget=trial["budget"],
+        status=status,
+        remark=remark,
+        scores=scores,
+        mean=sum(scores) / max(1, len(scores)),
+        on_front=number in front,
+        chosen=number == chosen,
+    )
+
+
+def _place(row: Row) -> tuple[int, int, float, int]:
+    """Most examples first, then what was scored whole, then the best."""
+    return -row.budget, list(STATES).index(row.status), -row.mean, row.trial
 
 
 def plan_words(configuration: Mapping[str, Any], names: Sequence[str]) -> str:

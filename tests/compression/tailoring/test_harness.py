@@ -121,7 +121,7 @@ def test_common_first_layers_are_run_once(bed, pages):
     found = []
     for _ in range(2):
         model = pool.assemble(configuration)
-        with cache.reading(model, pool.path, configuration):
+        with cache.reading(model, pool, configuration):
             found.append(task.score(model, range(9)))
     assert cache.num_skipped > 0
     assert found[0] == found[1] == task.score(bed[0], range(9))

@@ -59,15 +59,6 @@ def test_models_that_do_not_fit_into_memory_are_refused_before_they_are_loaded(t
         TailorSearch(base, candidates, tasks=Likelihood(), device="cpu", **SMALL).run()
 
 
-def test_two_models_of_one_name_are_refused(tmp_path):
-    base, one, _ = stored(tmp_path)
-    (tmp_path / "other").mkdir()
-    twin = (tmp_path / "other" / "one").absolute()
-    os.rename(tmp_path / "two", twin)
-    with pytest.raises(InputError, match="two models are called `one`"):
-        TailorSearch(base, [one, twin], tasks=Likelihood(), **SMALL).run()
-
-
 def test_a_pool_that_shared_memory_cannot_hold_is_refused(monkeypatch, spawning):
     facts = os.statvfs("/")
     small = os.statvfs_result((*facts[:4], 0, *facts[5:]))

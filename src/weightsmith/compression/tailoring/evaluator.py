@@ -77,7 +77,7 @@ class Evaluator:
                 model = self.pool.assemble(configuration)
                 wanted = [(task, self._orders[task.name][slice(*spans[task.name])]) for task in self.tasks]
                 wanted = [(task, indices) for task, indices in wanted if indices]
-                with self.prefix.reading(model, self.pool.path, configuration):
+                with self.prefix.reading(model, self.pool, configuration):
                     found = scored(model, wanted)
             for (task, indices), scores in zip(wanted, found, strict=True):
                 sound = checked(task, scores, len(indices))

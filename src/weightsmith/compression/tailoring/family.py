@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +24,16 @@ _FIELDS = (
     "head_dim",
     "vocab_size",
 )
+_ACTIVATION = re.compile(r"(^|_)act(ivation)?(_|$)")
+# Of training, of generation, of where a model comes from: no layer computes anything else for them.
+_NO_MATTER = re.compile(
+    r"^_|drop|^initializer_|^init_|_token_id$|^(output|summary)_|^(max|n)_position|(aux|z)_loss|jitter_noise"
+    r"|^(architectures|auto_map|torch_dtype|dtype|transformers_version|use_cache|pretraining_tp|id2label|label2id"
+    r"|num_labels|problem_type|return_dict|chunk_size_feed_forward|tokenizer_class|name_or_path)$"
+)
 _SAMPLED_LAYERS = 3
+_LONGEST = 60
+"""Characters of a value in a message."""
 
 
 def check_tensors(
@@ -118,16 +128,58 @@ def check_plain(name: str, model: Any) -> None:
             raise CheckpointError(f"{name}: `{key}` is {value.dtype}, expected plain float weights")
 
 
-def check_fields(name: str, model: Any, base_name: str, base: Any) -> None:
-    """Refuse a model of another shape.
+def check_fields(name: str, config: Any, base_name: str, base_config: Any) -> None:
+    """Refuse a model of another shape, or of another activation: its weights mean nothing behind the base's.
+
+    Args:
+        name: What to call the model.
+        config: Its config object.
+        base_name: What to call the base.
+        base_config: The base's config object.
 
     Raises:
         InputError: names the field and both values.
     """
-    ours, theirs = text_config(base.config), text_config(model.config)
-    for field in _FIELDS:
+    ours, theirs = text_config(base_config), text_config(config)
+    activations = [field for field in _plain(ours) if _ACTIVATION.search(field) and "drop" not in field]
+    for field in (*_FIELDS, *activations):
         wanted, found = getattr(ours, field, None), getattr(theirs, field, None)
         if wanted != found:
             raise InputError(
                 f"{name}: {field} = {found}, {base_name} has {wanted}; expected fine-tunes of one base"
             )
+
+
+def warn_of_fields(name: str, config: Any, base_name: str, base_config: Any) -> None:
+    """Say so where a config has another value of what rules the arithmetic of layers: rotary positions, the
+    epsilon of norms, attention windows, experts per token. In a tailored model all layers run by the base's.
+    Arguments as of `check_fields`.
+    """
+    ours, theirs = (_plain(text_config(one)) for one in (base_config, config))
+    differing = [
+        f"{field} = {_short(theirs[field])} ({base_name} has {_short(wanted)})"
+        for field, wanted in ours.items()
+        if field in theirs and theirs[field] != wanted and not _NO_MATTER.search(field)
+    ]
+    if differing:
+        log.warning(
+            "%s: %s; its layers would run with the values of %s", name, ", ".join(differing), base_name
+        )
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """The fields of a config, those of its sections by dotted names."""
+    return dict(_flat("", config.to_dict()))
+
+
+def _flat(prefix: str, section: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _flat(f"{prefix}{key}.", value)
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."

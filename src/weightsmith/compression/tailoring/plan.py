@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from weightsmith.compression.tailoring.options import EDGES, Compat, Edge
-from weightsmith.compression.tailoring.sources import Member, Source, is_live, members, open_pool
+from weightsmith.compression.tailoring.sources import (
+    Member,
+    Source,
+    is_live,
+    members,
+    open_pool,
+    torch_name,
+)
 from weightsmith.compression.tailoring.space import Configuration
 from weightsmith.errors import InputError
 from weightsmith.runs.atomic import read_json, write_json
@@ -159,13 +166,12 @@ class TailorPlan:
 
         Raises:
             CheckpointError: a model can't be loaded.
-            InputError: the models don't fit one another.
+            InputError: the models don't fit one another, or `dtype` is none of the float types that weights
+                can have.
         """
         import torch
 
-        wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        if dtype is not None and not isinstance(wanted, torch.dtype):
-            raise InputError(f"dtype: {dtype!r}, expected the name of a torch dtype, such as bfloat16")
+        wanted = None if dtype is None else getattr(torch, torch_name(str(dtype)))
         base, *candidates = self.given()
         pool, _ = open_pool(base, candidates, edge=self.edge, compat=self.compat)
         return pool.build(self.configuration, wanted)
@@ -180,6 +186,9 @@ class TailorPlan:
     ) -> Path:
         """Write the model as an ordinary checkpoint, with the base's tokenizer and our lineage.
 
+        Of loaded models, the tokenizer is that of the folder that the base was loaded from, and the lineage
+        names the folders that still hold what was loaded; a warning says what is not known.
+
         Args:
             out: Folder to make.
             dtype: Of its weights; each tensor as the base stores it by default.
@@ -188,6 +197,7 @@ class TailorPlan:
 
         Raises:
             CheckpointError: `out` exists, or a model's content is not what the plan was made for.
+            InputError: the models don't fit one another, or `dtype` is none that weights can have.
             SystemFault: no space, no permission.
         """
         from weightsmith.compression.tailoring.saving import save_live, save_stored

@@ -5,9 +5,10 @@ Problem  A search measures hundreds of models that differ in a few layers. Writt
 Method   The base and K fine-tunes are loaded once. Dropping and choosing layers costs nothing but a new list
          of modules; only blends are computed, in fp32 with one cast, and kept in an LRU cache of a bounded
          size.
-Rules    One source is taken as it is, bit for bit; no arithmetic touches it. Tensors outside of the layers
-         follow the first kept layer (embeddings) and the last one (norm, output), or are the base's, or the
-         mean. A tied embedding is one tensor and follows the first. Integer tensors are the base's.
+Rules    One source is taken as it is, bit for bit; no arithmetic touches it. Its tensors stand in modules
+         of the base, so that what is measured computes by the config that is written. Tensors outside of the
+         layers follow the first kept layer (embeddings) and the last one (norm, output), or are the base's,
+         or the mean. A tied embedding is one tensor and follows the first. Integer tensors are the base's.
 Source   arXiv:2506.20480; its public code takes the base of a blend from the place in the output, not from
          the layer it blends, which is another layer once one was dropped: `compat="repo"` does the same.
 """
@@ -28,6 +29,7 @@ from weightsmith.compression.tailoring.family import (
     check_fields,
     check_plain,
     check_tensors,
+    warn_of_fields,
     warn_of_strangers,
 )
 from weightsmith.compression.tailoring.layers import fitted_config, stack_path
@@ -79,13 +81,15 @@ class LayerPool:
         self._edge, self._compat = edge, compat
         for name, model in zip(self.names, self._models, strict=True):
             check_plain(name, model)
-            check_fields(name, model, self.names[0], base)
+            check_fields(name, model.config, self.names[0], base.config)
         self.path = stack_path(base)
         stacks: list[Any] = [model.get_submodule(self.path) for model in self._models]
         self._layers: list[list[nn.Module]] = [list(stack) for stack in stacks]
         self.depth = len(self._layers[0])
         self._edges = [dict(_outside(model, self.path)) for model in self._models]
         check_tensors(self.names, self.path, self._layers, self._edges)
+        for name, model in zip(self.names[1:], candidates, strict=True):
+            warn_of_fields(name, model.config, self.names[0], base.config)
         warn_of_strangers(self.names, self._layers)
         self._cache: _Cache = _Cache(cache_bytes)
         self._configs: dict[tuple[int, ...], Any] = {}
@@ -116,7 +120,8 @@ class LayerPool:
         until the next one is assembled.
 
         Raises:
-            InputError: a configuration of another depth, or a source that is not there.
+            InputError: a configuration of another depth, a source that is not there, or a blend whose base
+                `compat="repo"` takes from a layer of other tensors.
         """
         self._check(configuration)
         if self._parts is None:
@@ -147,9 +152,11 @@ class LayerPool:
         self._check(configuration)
         layers = []
         for place, layer in enumerate(configuration.layers):
-            made = PlacedLayer(self._layers[0 if layer.is_merged else _source(layer)][layer.layer]).copy()
+            made = PlacedLayer(self._layers[0][layer.layer]).copy()
             if layer.is_merged:
                 made.put(self._blend(layer, place, dtype))
+            elif layer.sources:
+                made.put(self._layers[layer.sources[0]][layer.layer].state_dict(keep_vars=True))
             layers.append(PlacedLayer(copy.deepcopy(made.layer).to(dtype or _dtype(made.layer))))
         outside = {}
         for name, value in self._outside(configuration, dtype).items():
@@ -169,6 +176,14 @@ class LayerPool:
         if (generation := getattr(self.base, "generation_config", None)) is not None:
             model.generation_config = copy.deepcopy(generation)
         return model
+
+    def origins(self, configuration: Configuration) -> dict[str, str]:
+        """Where each parameter outside of the layers comes from, by name; equal texts for equal values."""
+        found = {}
+        for name in self._edges[0]:
+            sources, weight = self._edge_sources(configuration, name)
+            found[name] = "+".join(map(str, sources)) + f"*{weight!r}" * (len(sources) > 1)
+        return found
 
     def num_parameters(self, configuration: Configuration) -> int:
         """Parameters of the model of a configuration, tied ones once."""
@@ -192,6 +207,17 @@ class LayerPool:
                     "candidates"
                 )
 
+    def _check_shifted(self, number: int, shifted: int) -> None:
+        """Refuse a base layer that has not the tensors of the layer that is to be blended with it."""
+        wanted, found = (self._layers[0][place].state_dict() for place in (number, shifted))
+        for name in sorted({*wanted, *found}):
+            shapes = [list(one[name].shape) if name in one else "missing" for one in (wanted, found)]
+            if shapes[0] != shapes[1]:
+                raise InputError(
+                    f"layer {number}: compat repo takes the base of its blend from layer {shifted}, where "
+                    f"`{name}` is {shapes[1]}, expected {shapes[0]}; layers of several kinds need compat own"
+                )
+
     def _config(self, kept: tuple[int, ...]) -> Any:
         if kept not in self._configs:
             if len(self._configs) > 256:
@@ -202,6 +228,8 @@ class LayerPool:
     def _blend(self, layer: Layer, place: int, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """The tensors of a blended layer, by name."""
         number = place if self._compat == "repo" else layer.layer
+        if number != layer.layer:
+            self._check_shifted(layer.layer, number)
         sources = [self._layers[source][layer.layer] for source in layer.sources]
         make = partial(_blended_layer, sources, self._layers[0][number], layer.weight, dtype)
         return self._cache.get((layer, number, dtype), make)
@@ -209,14 +237,8 @@ class LayerPool:
     def _outside(self, configuration: Configuration, dtype: torch.dtype | None) -> dict[str, nn.Parameter]:
         """Parameters outside of the layers, by name."""
         found: dict[str, Any] = {}
-        first, last = configuration.layers[0], configuration.layers[-1]
         for name in self._edges[0]:
-            layer = first if is_first(name) else last
-            sources, weight = layer.sources, layer.weight
-            if self._edge == "base" or not self.num_candidates:
-                sources = ()
-            elif self._edge == "mean":
-                sources, weight = tuple(range(1, self.num_candidates + 1)), 1.0 / self.num_candidates
+            sources, weight = self._edge_sources(configuration, name)
             base = self._edges[0][name]
             if len(sources) < 2:
                 found[name] = self._edges[sources[0] if sources else 0][name]
@@ -225,6 +247,15 @@ class LayerPool:
                 make = partial(_blended_parameter, name, base, values, weight, dtype)
                 found.update(self._cache.get((name, sources, weight, dtype), make))
         return found
+
+    def _edge_sources(self, configuration: Configuration, name: str) -> tuple[tuple[int, ...], float]:
+        """The sources of a parameter outside of the layers, and their weight."""
+        if self._edge == "base" or not self.num_candidates:
+            return (), 1.0
+        if self._edge == "mean":
+            return tuple(range(1, self.num_candidates + 1)), 1.0 / self.num_candidates
+        layer = configuration.layers[0 if is_first(name) else -1]
+        return layer.sources, layer.weight
 
 
 class _Parts:
@@ -246,7 +277,10 @@ class _Parts:
         """A layer of the base or of a candidate."""
         if (source, number) not in self._known:
             # Modules of its own: those of a loaded model are its owner's, numbers, mode, hooks and all.
-            self._known[source, number] = PlacedLayer(self._layers[source][number]).copy()
+            placed = PlacedLayer(self._layers[0][number]).copy()
+            if source:
+                placed.put(self._layers[source][number].state_dict(keep_vars=True))
+            self._known[source, number] = placed
         return self._known[source, number]
 
     def blend(self, number: int, tensors: Mapping[str, Tensor]) -> PlacedLayer:

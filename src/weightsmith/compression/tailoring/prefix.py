@@ -1,8 +1,9 @@
 """Activations after the first layers, kept from one configuration to the next.
 
 Calibration inputs are the same for every configuration, so what comes out of layer j depends on the layers up
-to j only. It is kept at a few depths; a configuration that begins like an earlier one starts at the deepest
-of them. Kept as computed, so nothing changes by a bit.
+to j and on what else was run before: embeddings, their norms. What that is, passes themselves tell by the
+modules that they call. It is kept at a few depths; a configuration that begins like an earlier one starts at
+the deepest of them. Kept as computed, so nothing changes by a bit.
 
 Inputs are recognised by their content. Passes that fill a cache of keys and values or record what layers
 give, and training, go the whole way.
@@ -14,12 +15,15 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from weightsmith.compression.tailoring.space import Configuration
+
+if TYPE_CHECKING:
+    from weightsmith.compression.tailoring.pool import LayerPool
 
 Key = tuple[str, bytes]
 
@@ -42,24 +46,31 @@ class PrefixCache:
     def __init__(self, max_bytes: int, cuts: int = 7) -> None:
         self._max, self._held, self._cuts = max_bytes, 0, cuts
         self._entries: OrderedDict[Key, tuple[Tensor, bool]] = OrderedDict()
+        self._before: dict[int, set[str]] = {}
+        self._holders: tuple[Any, list[tuple[Any, frozenset[str]]]] | None = None
         self.num_skipped = self.num_run = 0
 
     @contextmanager
-    def reading(self, model: Any, path: str, configuration: Configuration) -> Iterator[None]:
+    def reading(self, model: Any, pool: LayerPool, configuration: Configuration) -> Iterator[None]:
         """Inside the block passes of `model` start as deep as they can.
 
         Args:
-            model: A model that was assembled for `configuration`.
-            path: Name of its list of layers.
+            model: A model that `pool` assembled for `configuration`.
+            pool: Its layers, one and the same for all passes.
             configuration: What it is made of.
         """
         if not self._max:
             yield
             return
-        parent, _, last = path.rpartition(".")
+        parent, _, last = pool.path.rpartition(".")
         body: Any = model.get_submodule(parent)
-        run = _Run(self, body, last, configuration)
+        run = _Run(self, body, last, configuration, pool.origins(configuration))
         hooks = [
+            model.register_forward_pre_hook(run.forget),
+            *(
+                module.register_forward_pre_hook(lambda *_, names=names: run.use(names))
+                for module, names in self._holders_of(model, pool.path)
+            ),
             body.register_forward_pre_hook(run.begin, with_kwargs=True),
             body.register_forward_hook(run.end, always_call=True),
         ]
@@ -74,6 +85,27 @@ class PrefixCache:
         """Layers after which activations are kept, the deepest first."""
         found = {(cut + 1) * num_layers // (self._cuts + 1) - 1 for cut in range(self._cuts)}
         return sorted((place for place in found if place >= 0), reverse=True)
+
+    def _holders_of(self, model: Any, path: str) -> list[tuple[Any, frozenset[str]]]:
+        """Modules outside of the layers with parameters of their own, and the names of these. The modules of
+        what a pool assembles stay the same.
+        """
+        if self._holders is None or self._holders[0] is not model:
+            outside = [(at, module) for at, module in model.named_modules() if not at.startswith(f"{path}.")]
+            names = {id(value): name for name, value in model.named_parameters()}
+            found = [
+                (
+                    module,
+                    frozenset(names[id(value)] for value in module._parameters.values() if value is not None),
+                )
+                for _, module in outside
+            ]
+            self._holders = model, [(module, own) for module, own in found if own]
+        return self._holders[1]
+
+    def before(self, place: int) -> set[str]:
+        """Parameters outside of the layers that passes used up to layer `place`, to be added to."""
+        return self._before.setdefault(place, set())
 
     def get(self, key: Key) -> tuple[Tensor, bool] | None:
         """Activations, and whether they came in a tuple."""
@@ -94,12 +126,29 @@ class PrefixCache:
 class _Run:
     """Passes of one assembled model."""
 
-    def __init__(self, cache: PrefixCache, body: Any, name: str, configuration: Configuration) -> None:
+    def __init__(
+        self,
+        cache: PrefixCache,
+        body: Any,
+        name: str,
+        configuration: Configuration,
+        origins: Mapping[str, str],
+    ) -> None:
         self._cache, self._body, self._name = cache, body, name
         self._layers: nn.ModuleList = getattr(body, name)
         keys = configuration.key.split(";")
         self._prefixes = [";".join(keys[: place + 1]) for place in range(len(keys))]
+        self._origins = origins
+        self._used: set[str] = set()
         self._hooks: list[Any] = []
+
+    def forget(self, *_: Any) -> None:
+        """Before a pass of the whole model: nothing was used yet."""
+        self._used.clear()
+
+    def use(self, names: frozenset[str]) -> None:
+        """A module is called that holds these parameters."""
+        self._used |= names
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a pass: put what is known in the place of the first layers, listen where something is
@@ -116,8 +165,9 @@ class _Run:
         places = self._cache.places(len(self._layers))
         start = -1
         for place in places:
-            if (found := self._cache.get((self._prefixes[place], inputs))) is not None:
+            if (found := self._cache.get(self._key(place, inputs))) is not None:
                 start = place
+                self._used |= self._cache.before(place)
                 standins = [_Standin(layer, None, found[1]) for layer in self._layers[:place]]
                 standins.append(_Standin(self._layers[place], *found))
                 setattr(self._body, self._name, nn.ModuleList([*standins, *self._layers[place + 1 :]]))
@@ -126,7 +176,7 @@ class _Run:
         self._cache.num_run += len(self._layers) - start - 1
         for place in places:
             if place > start:
-                listen = self._listener((self._prefixes[place], inputs))
+                listen = self._listener(place, inputs)
                 self._hooks.append(self._layers[place].register_forward_hook(listen))
 
     def end(self, *_: Any) -> None:
@@ -135,9 +185,15 @@ class _Run:
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _listener(self, key: Key) -> Any:
+    def _key(self, place: int, inputs: bytes) -> Key:
+        origins = (f"{name}={self._origins[name]}" for name in sorted(self._cache.before(place)))
+        return ";".join((self._prefixes[place], *origins)), inputs
+
+    def _listener(self, place: int, inputs: bytes) -> Any:
         def listen(_: nn.Module, __: Any, output: Any) -> None:
             in_tuple = isinstance(output, tuple)
+            self._cache.before(place).update(self._used)
+            key = self._key(place, inputs)
             self._cache.put(key, (output[0] if in_tuple else output).detach(), in_tuple)
 
         return listen

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -14,6 +15,7 @@ from weightsmith.compression.tailoring.options import Compat, Edge
 from weightsmith.errors import CheckpointError, InputError
 from weightsmith.evaluation import load_model
 from weightsmith.runs.memory import free_bytes
+from weightsmith.tensors.floats import FLOAT_DTYPES, parse_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 Source = Union[str, Path, "PreTrainedModel"]
 
+_TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+_SPAN = 64
 _SAMPLED = 256
 """Values of a tensor that are looked at to know it again."""
 
@@ -51,6 +55,7 @@ def members(base: Source, candidates: Sequence[Source]) -> list[Member]:
 
     Raises:
         CheckpointError: a folder is no sound checkpoint, or it is quantised.
+        InputError: a model is given twice.
     """
     found: list[Member] = []
     for number, source in enumerate((base, *candidates)):
@@ -64,11 +69,65 @@ def members(base: Source, candidates: Sequence[Source]) -> list[Member]:
                 )
             name = label(Path(source)) if Path(source).is_dir() else checkpoint.name
             found.append(Member(name, str(source), checkpoint.fingerprint()))
+    return _named_apart(found)
+
+
+def _named_apart(found: Sequence[Member]) -> list[Member]:
+    """Folders of one name are called by as many of their parents, too, as it takes to tell them apart."""
+    longer = [_longer_names(member) for member in found]
     names = [member.name for member in found]
-    for member in found:
-        if names.count(member.name) > 1:
-            raise InputError(f"two models are called `{member.name}`: their folders need different names")
-    return found
+    while alike := [place for place, name in enumerate(names) if names.count(name) > 1]:
+        if not any(longer[place] for place in alike):
+            raise InputError(f"two models are called `{found[alike[0]].name}`: give each model once")
+        for place in alike:
+            if longer[place]:
+                names[place] = longer[place].pop(0)
+    return [replace(member, name=name) for member, name in zip(found, names, strict=True)]
+
+
+def _longer_names(member: Member) -> list[str]:
+    """Of a folder: with one parent, with two, ...; a loaded model and one of the hub have no other name."""
+    if member.path is None or not Path(member.path).is_dir():
+        return []
+    parts = Path(os.path.abspath(member.path)).parts[1:]
+    return ["/".join(parts[-length:]) for length in range(2, len(parts) + 1)]
+
+
+def known_folder(source: Source) -> str | Path | None:
+    """Where the files of a model are: what was given, or the folder that a loaded model came from, where that
+    still is a sound checkpoint.
+    """
+    if isinstance(source, str | Path):
+        return source
+    name = getattr(source, "name_or_path", None)
+    if not name or not Path(name).is_dir():
+        return None
+    try:
+        with Checkpoint.open(name):
+            return name
+    except CheckpointError:
+        return None
+
+
+def holds(checkpoint: Checkpoint, model: Any) -> bool:
+    """Whether a loaded model has the content of a folder, by three spans of each tensor that both name."""
+    import torch
+
+    shared = 0
+    for name, value in model.named_parameters():
+        stored = checkpoint.tensors.get(name)
+        if stored is None:
+            continue
+        if stored.shape != tuple(value.shape) or stored.dtype not in FLOAT_DTYPES:
+            return False
+        flat = value.detach().reshape(-1)
+        for start in {0, stored.numel // 2, max(0, stored.numel - _SPAN)}:
+            stop = min(start + _SPAN, stored.numel)
+            ours = torch.from_numpy(checkpoint.read(name, start, stop)).to(value.dtype)
+            if not ours.equal(flat[start:stop].cpu()):
+                return False
+        shared += 1
+    return shared > 0
 
 
 def sampled(model: Any) -> str:
@@ -78,6 +137,11 @@ def sampled(model: Any) -> str:
         some = value.detach().reshape(-1)[:: max(1, value.numel() // _SAMPLED)].float().cpu()
         digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()
+
+
+def torch_name(dtype: str) -> str:
+    """Torch's name of a float dtype as people write it (`bf16`, `BF16`). Raises as `parse_dtype`."""
+    return _TORCH_NAMES[parse_dtype(dtype)]
 
 
 def open_pool(
@@ -103,10 +167,12 @@ def open_pool(
 
     Raises:
         CheckpointError: a folder is no sound checkpoint, or it is quantised.
-        InputError: the models don't fit one another, or into memory.
+        InputError: the models don't fit one another, or into memory; a dtype that weights can't have.
     """
     from weightsmith.compression.tailoring.pool import LayerPool
 
+    if dtype != "auto":
+        dtype = torch_name(dtype)
     known = members(base, candidates)
     _check_memory([member.path for member in known if member.path], device, dtype)
     tokenizer, models = None, []
@@ -134,7 +200,7 @@ def _check_memory(paths: Sequence[str], device: str, dtype: str) -> None:
     for path in paths:
         with Checkpoint.open(path) as checkpoint:
             # On the CPU "auto" is float32.
-            size = 4 if dtype in ("auto", "float32") else 2
+            size = {"auto": 4, "float32": 4, "float64": 8}.get(dtype, 2)
             needed += sum(size * info.numel for info in checkpoint.tensors.values())
     free = free_bytes()
     if needed > free:

@@ -236,13 +236,13 @@ def test_the_smallest_keys_are_found_also_where_they_lie_elsewhere_than_expected
     many = draws.integers(low, high, (7, 3000))
     many[3, 100:] = selection.NEVER  # not eligible
     count_B = np.array([3000, 3000, 3000, 100, 3000, 3000, 3000])
-    found = selection._thresholds(many, count_B, 0.15)
-    rows = [row[:count] for row, count in zip(many, count_B, strict=True)]
-    expected = [np.sort(row)[int(0.15 * len(row)) - 1] for row in rows]
-    assert found.tolist() == expected
-    chosen = selection._smallest_of_runs(np.concatenate(rows), count_B, 0.15)
-    wanted = [row <= threshold for row, threshold in zip(rows, expected, strict=True)]
-    np.testing.assert_array_equal(chosen, np.concatenate(wanted))
+    thresholds = [np.sort(row)[int(0.15 * count) - 1] for row, count in zip(many, count_B, strict=True)]
+    wanted = many <= np.array(thresholds)[:, None]
+    found = selection._smallest(many, count_B, 3000 * np.arange(1, 8), 0.15)
+    np.testing.assert_array_equal(found, wanted)
+    is_real = np.arange(3000) < count_B[:, None]
+    found = selection._smallest(many[is_real], count_B, np.cumsum(count_B), 0.15)
+    np.testing.assert_array_equal(found, wanted[is_real])
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 0.15, 0.97, 1.0])

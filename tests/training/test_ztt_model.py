@@ -386,7 +386,7 @@ def test_padding_on_either_side_changes_nothing(ids):
 
 
 def middle_signal(net, ids, mask=None):
-    """A threshold that some tokens pass after the first cycle and others don't, far from any of their signals:
+    """A threshold that some tokens pass after the first cycle and others don't, far from the signal of any:
     passes that round otherwise decide alike.
     """
     out = net(ids, attention_mask=mask, output_zero_attention=True)

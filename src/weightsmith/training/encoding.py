@@ -71,18 +71,22 @@ def encode_pairs(
         raise InputError(f"{len(prompts)} prompts and {len(answers)} answers: expected one for each")
     if max_length is not None and max_length < 2:
         raise InputError(f"max_length: {max_length}, expected at least 2: a token and the end token")
-    found = token_ids(tokenizer, itertools.chain(prompts, answers))
-    questions = list(itertools.islice(found, len(prompts)))
-    pieces: list[Sequence[int]] = []
-    for question, answer in zip(questions, found, strict=True):
-        if max_length is not None:
-            question, answer = fitting(question, answer, max_length - 1)
-        answer.append(end)
-        pieces += (question, answer)
-    ids, sizes = joined(pieces)
-    labels = np.where(np.repeat(np.arange(len(sizes)) % 2 == 1, sizes), ids, IGNORED)
-    lengths = sizes.reshape(-1, 2).sum(1)
-    return {"input_ids": parted(ids, lengths), "labels": parted(labels, lengths)}
+    sizes: list[int] = []
+
+    def pieces() -> Iterator[list[int]]:
+        found = token_ids(tokenizer, itertools.chain.from_iterable(zip(prompts, answers, strict=True)))
+        for question, answer in zip(found, found, strict=True):
+            if max_length is not None:
+                question, answer = fitting(question, answer, max_length - 1)
+            answer.append(end)
+            sizes.extend((len(question), len(answer)))
+            yield from (question, answer)
+
+    # Read as they come: lists of ids that are kept until all are there cost more than reading them.
+    ids = np.fromiter(itertools.chain.from_iterable(pieces()), np.int64)
+    is_label = np.repeat(np.arange(len(sizes)) % 2 == 1, sizes)
+    lengths = np.reshape(sizes, (-1, 2)).sum(1, dtype=np.int64)
+    return {"input_ids": parted(ids, lengths), "labels": parted(np.where(is_label, ids, IGNORED), lengths)}
 
 
 def joined(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

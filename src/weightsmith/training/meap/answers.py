@@ -117,7 +117,8 @@ def _hidden(
         start_R, count_R = start_R[long], free_R[long]
     begin_R = begins[np.searchsorted(begins, start_R, side="right") - 1]
     places = token_N - np.repeat(begin_R, count_R)
-    return token_N[choose_in_runs(places, count_R, options.ratio, seed, exact_count=options.exact_count)]
+    chosen = choose_in_runs(places, count_R, options.ratio, seed, exact_count=options.exact_count)
+    return token_N[np.flatnonzero(chosen)]
 
 
 def with_copies(

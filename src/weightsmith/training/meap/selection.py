@@ -1,7 +1,7 @@
 """The choice of `masking` in NumPy, which has in-place arithmetic and a faster selection than torch on a CPU:
 of rows of one length, and of runs of any lengths that lie behind one another.
 
-Letters  B rows, T places of a row, R runs, N places of all runs
+Letters  B rows, T places of a row, R runs (of one length or of several), N places of all runs
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 NEVER = (1 << 63) - 1  # the key of a place that is not eligible
 LOWEST = -(1 << 63)
-_BLOCK = 1 << 17  # keys at a time
+_BLOCK = 1 << 16  # keys at a time
 _GOLDEN = np.uint64(GOLDEN)
 
 
@@ -50,9 +50,8 @@ def choose_in_rows(allowed: np.ndarray, ratio: float, seed: int, per_row: bool) 
         _mix(unsigned, scratch[: len(some)])
         keys = unsigned.view(np.int64)
         np.putmask(keys, ~some, NEVER)
-        threshold_B = _thresholds(keys, np.count_nonzero(some, axis=1), ratio)
-        np.less_equal(keys, threshold_B[:, None], out=chosen)
-        chosen &= some
+        stop_B = np.arange(1, len(some) + 1) * length
+        chosen[:] = _smallest(keys, np.count_nonzero(some, axis=1), stop_B, ratio)
     return mask
 
 
@@ -76,7 +75,10 @@ def choose_in_runs(
         unsigned += np.repeat(key_R[runs], counts[runs])
         _mix(unsigned, np.empty_like(unsigned))
         keys = unsigned.view(np.int64)
-        chosen[own] = _smallest_of_runs(keys, counts[runs], ratio) if exact_count else keys < chance(ratio)
+        if exact_count:
+            chosen[own] = _smallest(keys, counts[runs], np.cumsum(counts[runs]), ratio)
+        else:
+            chosen[own] = keys < chance(ratio)
     return chosen
 
 
@@ -88,23 +90,6 @@ def _blocks(stop_R: np.ndarray) -> Iterator[tuple[slice, slice]]:
         stop = int(stop_R[last - 1])
         yield slice(first, last), slice(begin, stop)
         first, begin = last, stop
-
-
-def _smallest_of_runs(keys: np.ndarray, count_R: np.ndarray, ratio: float) -> np.ndarray:
-    wanted_R = np.array([masked_count(count, ratio) for count in count_R.tolist()])
-    low_R, high_R = _surroundings(wanted_R, count_R)
-    stop_R = np.cumsum(count_R)
-    begin_R = stop_R - count_R
-    chosen = keys < np.repeat(low_R, count_R)
-    near = np.flatnonzero((keys < np.repeat(high_R, count_R)) & ~chosen)
-    near_keys, size_R = keys[near], np.diff(np.searchsorted(near, stop_R), prepend=0)
-    place_R = wanted_R - 1 - np.add.reduceat(chosen, begin_R, dtype=np.int64)
-    threshold_R, missed = _smallest(near_keys, size_R, place_R)
-    chosen[near] = near_keys <= np.repeat(threshold_R, size_R)
-    for run in missed:
-        own = slice(begin_R[run], stop_R[run])
-        chosen[own] = keys[own] <= _kth(keys[own], wanted_R[run])
-    return chosen
 
 
 def _row_keys(rows: int, seed: int) -> np.ndarray:
@@ -123,23 +108,43 @@ def _mix(state: np.ndarray, scratch: np.ndarray) -> None:
     np.bitwise_xor(state, scratch, out=state)
 
 
-def _thresholds(keys: np.ndarray, count_B: np.ndarray, ratio: float) -> np.ndarray:
-    """The K-th smallest of each row's `count_B` uniform keys; keys (B, T)."""
-    wanted_B = np.array([masked_count(count, ratio) for count in count_B.tolist()])
-    low_B, high_B = _surroundings(wanted_B, count_B)
-    is_near = keys >= low_B[:, None]
-    place_B = wanted_B - (keys.shape[1] - np.count_nonzero(is_near, axis=1)) - 1
-    is_near &= keys < high_B[:, None]
-    found_B, missed = _smallest(keys[is_near], np.count_nonzero(is_near, axis=1), place_B)
-    for row in missed:
-        found_B[row] = _kth(keys[row], wanted_B[row])
-    return found_B
+def _smallest(keys: np.ndarray, count_R: np.ndarray, stop_R: np.ndarray, ratio: float) -> np.ndarray:
+    """Where the smallest keys of each run are, that share of those which are not `NEVER`.
+
+    Keys are uniform, so nearly all are told by where the last of the smallest should be; those near it are
+    sorted.
+
+    Args:
+        keys: int64 (R, T), or (N,) for runs of several lengths.
+        count_R: How many of each run's are not `NEVER`.
+        stop_R: Where each run ends.
+        ratio: Their share.
+    """
+    size_R = np.diff(stop_R, prepend=0)
+    wanted_R = np.array([masked_count(count, ratio) for count in count_R.tolist()])
+    low, high = (
+        edge_R[:, None] if keys.ndim == 2 else np.repeat(edge_R, size_R)
+        for edge_R in _surroundings(wanted_R, count_R)
+    )
+    chosen = keys < low
+    is_near = keys < high
+    is_near ^= chosen
+    flat_keys, flat_chosen = keys.reshape(-1), chosen.reshape(-1)
+    near = np.flatnonzero(is_near)
+    near_keys = flat_keys[near]
+    near_R = np.diff(np.searchsorted(near, stop_R), prepend=0)
+    place_R = wanted_R - 1 - np.add.reduceat(flat_chosen, stop_R - size_R, dtype=np.int64)
+    flat_chosen[near] = near_keys <= np.repeat(_sorted_at(place_R, near_keys, near_R), near_R)
+    for run in np.flatnonzero((place_R < 0) | (place_R >= near_R)).tolist():
+        own = slice(stop_R[run] - size_R[run], stop_R[run])
+        flat_chosen[own] = flat_keys[own] <= _kth(flat_keys[own], wanted_R[run])
+    return chosen
 
 
 def _surroundings(wanted_B: np.ndarray, count_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Between which keys the K-th smallest of uniform ones almost surely is: six deviations either side."""
+    """Between which keys the K-th smallest of uniform ones almost surely is: four deviations either side."""
     share_B = wanted_B / np.maximum(count_B, 1)
-    spread_B = 6 * np.sqrt(share_B * (1 - share_B) / np.maximum(count_B, 1))
+    spread_B = 4 * np.sqrt(share_B * (1 - share_B) / np.maximum(count_B, 1))
     low_B, high_B = (
         ((np.clip(edge_B, 0.0, 1.0) * (WORD - 2048)).astype(np.uint64) ^ np.uint64(1 << 63)).view(np.int64)
         for edge_B in (share_B - spread_B, share_B + spread_B)
@@ -147,15 +152,14 @@ def _surroundings(wanted_B: np.ndarray, count_B: np.ndarray) -> tuple[np.ndarray
     return low_B, high_B
 
 
-def _smallest(near: np.ndarray, size_B: np.ndarray, place_B: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """Of the first `size_B[0]` keys the one that is `place_B[0]`-th smallest, from 0; of the next ones the
-    next; and the rows where that place is outside.
+def _sorted_at(place_R: np.ndarray, keys: np.ndarray, size_R: np.ndarray) -> np.ndarray:
+    """Of the first `size_R[0]` keys the one that is `place_R[0]`-th smallest, from 0; of the next ones the
+    next; anything where there is no such place.
     """
-    rows = np.full((len(size_B), int(size_B.max(initial=0)) + 1), NEVER)
-    rows[np.arange(rows.shape[1]) < size_B[:, None]] = near
+    rows = np.full((len(size_R), int(size_R.max(initial=0)) + 1), NEVER)
+    rows[np.arange(rows.shape[1]) < size_R[:, None]] = keys
     rows.sort(axis=1)
-    found_B = np.take_along_axis(rows, np.clip(place_B, 0, rows.shape[1] - 1)[:, None], axis=1)[:, 0]
-    return found_B, np.flatnonzero((place_B < 0) | (place_B >= size_B)).tolist()
+    return np.take_along_axis(rows, np.clip(place_R, 0, rows.shape[1] - 1)[:, None], axis=1)[:, 0]
 
 
 def _kth(keys: np.ndarray, wanted: int) -> int:

@@ -51,7 +51,7 @@ class Zeroed(NamedTuple):
 def zero_scores(q_BHTD: Tensor, key_GD: Tensor, bias_H: Tensor | None, scaling: float) -> Tensor:
     """Z (B, H, T): scores of queries against the zero key of their key head, float32 at least."""
     wide = torch.promote_types(q_BHTD.dtype, torch.float32)
-    key_HD = key_GD.repeat_interleave(q_BHTD.shape[1] // key_GD.shape[0], 0)
+    key_HD = key_GD[:, None].expand(-1, q_BHTD.shape[1] // key_GD.shape[0], -1).flatten(0, 1)
     z = (q_BHTD * key_HD[:, None].to(q_BHTD.dtype)).sum(-1, dtype=wide) * scaling
     return z if bias_H is None else z + bias_H[:, None].to(wide)
 
@@ -172,7 +172,7 @@ class _KernelAttention(torch.autograd.Function):
     def forward(ctx: Any, q, k, v, z, mask, scaling: float, is_causal: bool):
         out, lse = _KERNEL(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scaling)
         share = torch.sigmoid(z - lse)
-        out = out * torch.sigmoid(lse - z).unsqueeze(-1).to(out.dtype)
+        out *= torch.sigmoid(lse - z).unsqueeze(-1).to(out.dtype)
         ctx.save_for_backward(q, k, v, out, torch.logaddexp(lse, z), share, mask)
         ctx.scaling, ctx.is_causal = scaling, is_causal
         ctx.set_materialize_grads(False)
@@ -212,7 +212,7 @@ def _kernel(
     else:
         out, lse = _KERNEL(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scaling)
         share = torch.sigmoid(z - lse)
-        out = out * torch.sigmoid(lse - z).unsqueeze(-1).to(out.dtype)
+        out *= torch.sigmoid(lse - z).unsqueeze(-1).to(out.dtype)
     return Zeroed(out.transpose(1, 2), share)
 
 

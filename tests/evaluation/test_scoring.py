@@ -193,6 +193,22 @@ def test_exact_match_of_a_users_questions(llama, tmp_path):
     assert score.value == 0.5
 
 
+def test_a_question_longer_than_a_table_of_positions_is_named(gpt2, tmp_path):
+    _, tokenizer = load_model(gpt2)
+    file = tmp_path / "questions.jsonl"
+    task = TaskConfig(task=str(file), prompt="q", column="a")
+    long = tokenizer.decode(tokenizer("word " * 200)["input_ids"][:62])
+    tokens = len(tokenizer(f"{long}!")["input_ids"])
+    assert tokens <= 64
+    for more, fits in ((64 - tokens, True), (65 - tokens, False)):
+        file.write_text(json.dumps({"q": long, "a": "!" * (1 + more)}) + "\n")
+        if fits:
+            assert evaluate(gpt2, task)["questions"].n == 1
+        else:
+            with pytest.raises(InputError, match=r"questions.*65 tokens, the model has 64 positions"):
+                evaluate(gpt2, task)
+
+
 def test_a_users_function_is_called_with_model_and_tokenizer(llama, tmp_path, monkeypatch):
     (tmp_path / "mytask.py").write_text(
         "from weightsmith.evaluation import Score\n"

@@ -25,7 +25,13 @@ import numpy as np
 
 from weightsmith.errors import CheckpointError, InputError
 from weightsmith.evaluation import files, harness, likelihood, retrieval
-from weightsmith.evaluation.models import default_threads, intra_op_threads, load_model, window_length
+from weightsmith.evaluation.models import (
+    default_threads,
+    intra_op_threads,
+    load_model,
+    position_limit,
+    window_length,
+)
 from weightsmith.evaluation.score import Score
 from weightsmith.evaluation.tasks import TaskConfig, Tasks, check_tasks, load_function
 from weightsmith.runs.progress import SILENT, Progress
@@ -122,7 +128,7 @@ class _Scorer:
     ) -> None:
         self.model, self.tokenizer, self.split = model, tokenizer, split
         self.characters, self.items, self.length, self.batch_size = characters, items, length, batch_size
-        self.start = likelihood.start_token(tokenizer)
+        self.start, self.positions = likelihood.start_token(tokenizer), position_limit(model)
         self.character_level = tokenizer.get_vocab() == alphabet.VOCABULARY
         vocabulary = model.config.get_text_config().vocab_size
         if len(tokenizer) > vocabulary:
@@ -283,6 +289,11 @@ class _Scorer:
         cut = min(len(before), len(both) - 1)
         if cut < 0 or not answer:
             raise InputError(f"{config.task}: an answer or choice is empty")
+        if self.positions is not None and len(both) > self.positions:
+            raise InputError(
+                f"{config.task}: {prompt[:40]!r} and its answer are {len(both)} tokens, the model has "
+                f"{self.positions} positions; shorten that row or leave it out"
+            )
         return [self.start, *both[:cut]], both[cut:]
 
     def _ids(self, text: str) -> list[int]:

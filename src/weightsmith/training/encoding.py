@@ -8,7 +8,11 @@ Cost     The tokenizers library gives ids alone when it is asked without offsets
 from __future__ import annotations
 
 import itertools
+from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +20,7 @@ import numpy as np
 from weightsmith.errors import InputError
 
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
-_BATCH = 1000
+_BATCH = 500
 _CALLS = ("__call__", "_encode_plus", "_batch_encode_plus")
 
 
@@ -28,17 +32,25 @@ def token_ids(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
         texts: Read a batch at a time.
     """
     texts = iter(texts)
-    while batch := list(itertools.islice(texts, _BATCH)):
-        if _is_plain(tokenizer):
-            backend = tokenizer.backend_tokenizer
-            backend.no_truncation()
-            backend.no_padding()
-            backend.encode_special_tokens = tokenizer.split_special_tokens
-            for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
-                yield encoding.ids
-        else:
+    batches = iter(lambda: list(itertools.islice(texts, _BATCH)), [])
+    if not _is_plain(tokenizer):
+        for batch in batches:
             # `verbose` off: documents may be longer than the model's window, they are cut afterwards.
             yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        return
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    encode = partial(backend.encode_batch_fast, add_special_tokens=False)
+    # The next batch is found while the ids of this one are read.
+    with ThreadPoolExecutor(1) as ahead:
+        pending = deque(ahead.submit(encode, batch) for batch in itertools.islice(batches, 1))
+        while pending:
+            found = pending.popleft().result()
+            pending.extend(ahead.submit(encode, batch) for batch in itertools.islice(batches, 1))
+            for encoding in found:
+                yield encoding.ids
 
 
 def encode_pairs(
@@ -71,19 +83,17 @@ def encode_pairs(
         raise InputError(f"{len(prompts)} prompts and {len(answers)} answers: expected one for each")
     if max_length is not None and max_length < 2:
         raise InputError(f"max_length: {max_length}, expected at least 2: a token and the end token")
-    sizes: list[int] = []
-
-    def pieces() -> Iterator[list[int]]:
-        found = token_ids(tokenizer, itertools.chain.from_iterable(zip(prompts, answers, strict=True)))
-        for question, answer in zip(found, found, strict=True):
-            if max_length is not None:
-                question, answer = fitting(question, answer, max_length - 1)
-            answer.append(end)
-            sizes.extend((len(question), len(answer)))
-            yield from (question, answer)
-
+    found = token_ids(tokenizer, itertools.chain.from_iterable(zip(prompts, answers, strict=True)))
     # Read as they come: lists of ids that are kept until all are there cost more than reading them.
-    ids = np.fromiter(itertools.chain.from_iterable(pieces()), np.int64)
+    read, sizes = array("q"), []
+    for question, answer in zip(found, found, strict=True):
+        if max_length is not None:
+            question, answer = fitting(question, answer, max_length - 1)
+        answer.append(end)
+        read.fromlist(question)
+        read.fromlist(answer)
+        sizes += (len(question), len(answer))
+    ids = np.frombuffer(read, np.int64)
     is_label = np.repeat(np.arange(len(sizes)) % 2 == 1, sizes)
     lengths = np.reshape(sizes, (-1, 2)).sum(1, dtype=np.int64)
     return {"input_ids": parted(ids, lengths), "labels": parted(np.where(is_label, ids, IGNORED), lengths)}

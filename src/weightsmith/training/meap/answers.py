@@ -110,7 +110,7 @@ def _hidden(
     first_R = np.cumsum(count_R) - count_R
     token_N = np.repeat(start_R - first_R, count_R) + np.arange(count_R.sum())
     if protected and len(count_R):
-        free_N = ~is_any(torch.from_numpy(labels[token_N]), protected).numpy()
+        free_N = ~is_any(torch.from_numpy(labels), protected).numpy()[token_N]
         free_R = np.add.reduceat(free_N, first_R, dtype=np.int64)
         long = free_R >= options.min_answer_tokens
         token_N = token_N[free_N & np.repeat(long, count_R)]
@@ -194,12 +194,15 @@ def meap_sft_map(
     is_start[begins[lengths > 0]] = True
     hidden = _hidden(labels, begins, is_start, chosen, seed, protected=protected_ids)
     has_copy = (np.searchsorted(hidden, stops) > np.searchsorted(hidden, begins)).tolist()
-    masked_ids, masked_labels = ids.copy(), np.full_like(labels, IGNORED)
-    masked_ids[hidden], masked_labels[hidden] = mask_token_id, labels[hidden]
+    clean_ids, clean_labels = (
+        _arrays(examples[key], numbers, lengths) for key, numbers in (("input_ids", ids), ("labels", labels))
+    )
+    masked_labels = np.full_like(labels, IGNORED)
+    ids[hidden], masked_labels[hidden] = mask_token_id, labels[hidden]
     columns: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
         **{key: (column, column) for key, column in examples.items()},
-        "input_ids": (parted(ids, lengths), parted(masked_ids, lengths)),
-        "labels": (parted(labels, lengths), parted(masked_labels, lengths)),
+        "input_ids": (clean_ids, parted(ids, lengths)),
+        "labels": (clean_labels, parted(masked_labels, lengths)),
     }
     return {
         key: [
@@ -209,6 +212,13 @@ def meap_sft_map(
         ]
         for key, (originals, copies) in columns.items()
     }
+
+
+def _arrays(rows: Sequence[Any], numbers: np.ndarray, lengths: np.ndarray) -> Sequence[np.ndarray]:
+    """Rows as int64 arrays: those given where they are, or parts of a copy of all their numbers."""
+    if all(isinstance(row, np.ndarray) and row.dtype == np.int64 for row in rows):
+        return rows
+    return parted(numbers.copy(), lengths)
 
 
 def is_flat(batch: dict[str, Any]) -> bool:

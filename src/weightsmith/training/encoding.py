@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +17,7 @@ import numpy as np
 from weightsmith.errors import InputError
 
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
-_BATCH = 500
+_BATCH = 1000
 _CALLS = ("__call__", "_encode_plus", "_batch_encode_plus")
 
 
@@ -32,25 +29,17 @@ def token_ids(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
         texts: Read a batch at a time.
     """
     texts = iter(texts)
-    batches = iter(lambda: list(itertools.islice(texts, _BATCH)), [])
-    if not _is_plain(tokenizer):
-        for batch in batches:
+    while batch := list(itertools.islice(texts, _BATCH)):
+        if _is_plain(tokenizer):
+            backend = tokenizer.backend_tokenizer
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = tokenizer.split_special_tokens
+            for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
+                yield encoding.ids
+        else:
             # `verbose` off: documents may be longer than the model's window, they are cut afterwards.
             yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        return
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = tokenizer.split_special_tokens
-    encode = partial(backend.encode_batch_fast, add_special_tokens=False)
-    # The next batch is found while the ids of this one are read.
-    with ThreadPoolExecutor(1) as ahead:
-        pending = deque(ahead.submit(encode, batch) for batch in itertools.islice(batches, 1))
-        while pending:
-            found = pending.popleft().result()
-            pending.extend(ahead.submit(encode, batch) for batch in itertools.islice(batches, 1))
-            for encoding in found:
-                yield encoding.ids
 
 
 def encode_pairs(

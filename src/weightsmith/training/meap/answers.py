@@ -176,8 +176,8 @@ def meap_sft_map(
         **options: Fields of `MEAPOptions`.
 
     Returns:
-        The columns, each original in front of its copy. Ids and labels are int64 arrays; entries of other
-        columns are those given, a copy's the same as its original's.
+        The columns, each original in front of its copy. Ids and labels are int64 arrays, an original's those
+        given where they are such arrays; entries of other columns are those given, a copy's its original's.
 
     Raises:
         InputError: a row with more or fewer ids than labels.

@@ -38,6 +38,10 @@ def reference(allowed, ratio, seed, per_row=True):
     return places
 
 
+def chosen(allowed, ratio, seed, **options):
+    return masking.filled(torch.zeros_like(allowed), masking.choose(allowed, ratio, seed, **options), True)
+
+
 def on_torch(allowed, ratio, seed, per_row=True):
     """The path that a GPU and a compiled graph take."""
     with pytest.MonkeyPatch.context() as patch:
@@ -55,7 +59,7 @@ def test_both_paths_choose_what_the_definition_says(ratio, per_row):
         for seed in (0, -5, 2**63 - 1):
             wanted = reference(allowed, ratio, seed, per_row)
             for mask in (
-                masking.choose(allowed, ratio, seed, per_row=per_row),
+                chosen(allowed, ratio, seed, per_row=per_row),
                 on_torch(allowed, ratio, seed, per_row),
                 on_torch(allowed, ratio, torch.tensor(seed), per_row),
             ):
@@ -92,6 +96,10 @@ def test_a_product_that_falls_short_by_rounding_still_counts():
     for count in range(1, 400):
         for percent in range(1, 100):
             assert masking.masked_count(count, percent / 100) == max(1, count * percent // 100)
+    counts = np.arange(400)
+    for ratio in (0.001, 0.1, 0.29, 0.5, 0.97):
+        wanted = [masking.masked_count(count, ratio) for count in counts.tolist()]
+        assert selection.masked_counts(counts, ratio).tolist() == wanted
 
 
 def test_places_are_uniform_and_pairs_independent():
@@ -239,10 +247,10 @@ def test_the_smallest_keys_are_found_also_where_they_lie_elsewhere_than_expected
     thresholds = [np.sort(row)[int(0.15 * count) - 1] for row, count in zip(many, count_B, strict=True)]
     wanted = many <= np.array(thresholds)[:, None]
     found = selection._smallest(many, count_B, 3000 * np.arange(1, 8), 0.15)
-    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(found, np.flatnonzero(wanted))
     is_real = np.arange(3000) < count_B[:, None]
     found = selection._smallest(many[is_real], count_B, np.cumsum(count_B), 0.15)
-    np.testing.assert_array_equal(found, wanted[is_real])
+    np.testing.assert_array_equal(found, np.flatnonzero(wanted[is_real]))
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 0.15, 0.97, 1.0])
@@ -252,11 +260,13 @@ def test_runs_behind_one_another_choose_what_rows_of_a_matrix_do(ratio, exact_co
     noise = torch.Generator().manual_seed(3)
     allowed = torch.rand(40, 300, generator=noise) < torch.rand(40, 1, generator=noise)
     allowed[:, 7] = True
-    rows, places = np.nonzero(allowed.numpy())
-    counts = np.bincount(rows)
+    allowed[5] = False
+    tokens, counts = np.flatnonzero(allowed), allowed.sum(1).numpy()
     for seed in (0, -5, 2**63 - 1):
-        wanted = masking.choose(allowed, ratio, seed, exact_count=exact_count).numpy()
-        found = selection.choose_in_runs(places, counts, ratio, seed, exact_count=exact_count)
-        np.testing.assert_array_equal(found, wanted[rows, places])
+        wanted = np.flatnonzero(chosen(allowed, ratio, seed, exact_count=exact_count))
+        begins = 300 * np.arange(40)
+        found = selection.choose_in_runs(tokens, begins, counts, ratio, seed, exact_count=exact_count)
+        np.testing.assert_array_equal(found, wanted)
     nothing = np.empty(0, np.int64)
-    assert not len(selection.choose_in_runs(nothing, nothing, ratio, 0, exact_count=exact_count))
+    found = selection.choose_in_runs(nothing, nothing, nothing, ratio, 0, exact_count=exact_count)
+    assert not len(found)

@@ -288,9 +288,10 @@ def test_special_tokens_of_an_answer_can_be_masked_but_the_one_that_closes_it(to
 def test_answers_end_before_their_closing_token_and_never_begin_a_document():
     labels = np.array([1, 2, -100, 4, 9, 5, 6, 9])
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
-    starts = document_starts((1, 8), positions).ravel()
-    found = zip(*find_answers(labels, starts, closing={9}), strict=True)
-    assert list(found) == [(1, 2), (3, 4), (6, 7)]
+    starts = np.flatnonzero(document_starts((1, 8), positions))
+    is_answer, begins, ends = find_answers(labels, starts, closing={9})
+    assert list(zip(begins, ends, strict=True)) == [(1, 2), (3, 4), (6, 7)]
+    assert np.flatnonzero(is_answer).tolist() == [1, 3, 6]
 
 
 def total(model, made):

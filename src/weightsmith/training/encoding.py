@@ -72,20 +72,32 @@ def encode_pairs(
         raise InputError(f"{len(prompts)} prompts and {len(answers)} answers: expected one for each")
     if max_length is not None and max_length < 2:
         raise InputError(f"max_length: {max_length}, expected at least 2: a token and the end token")
-    found = token_ids(tokenizer, itertools.chain.from_iterable(zip(prompts, answers, strict=True)))
-    # Read as they come: lists of ids that are kept until all are there cost more than reading them.
-    read, sizes = array("q"), []
-    for question, answer in zip(found, found, strict=True):
-        if max_length is not None:
-            question, answer = fitting(question, answer, max_length - 1)
-        answer.append(end)
-        read.fromlist(question)
-        read.fromlist(answer)
-        sizes += (len(question), len(answer))
-    ids = np.frombuffer(read, np.int64)
-    is_label = np.repeat(np.arange(len(sizes)) % 2 == 1, sizes)
-    lengths = np.reshape(sizes, (-1, 2)).sum(1, dtype=np.int64)
+    # Each column of its own: texts of one kind are found sooner than long ones between short ones.
+    columns = [_read(token_ids(tokenizer, texts)) for texts in (prompts, answers)]
+    if max_length is not None:
+        pairs = zip(*(parted(*column) for column in columns), strict=True)
+        fitted = [fitting(prompt, answer, max_length - 1) for prompt, answer in pairs]
+        columns = [joined([pair[side] for pair in fitted]) for side in (0, 1)]
+    (prompt_ids, prompt_R), (answer_ids, answer_R) = columns
+    lengths = prompt_R + answer_R + 1
+    ids = np.full(lengths.sum(), end)
+    is_label = np.repeat(np.arange(2 * len(lengths)) % 2 == 1, np.stack([prompt_R, answer_R + 1], 1).ravel())
+    ids[~is_label] = prompt_ids
+    is_answer = is_label.copy()
+    is_answer[np.cumsum(lengths) - 1] = False
+    ids[is_answer] = answer_ids
     return {"input_ids": parted(ids, lengths), "labels": parted(np.where(is_label, ids, IGNORED), lengths)}
+
+
+def _read(rows: Iterable[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """What `joined` gives, of rows that are read as they come: lists of numbers that are kept until all are
+    there cost more than reading them.
+    """
+    read, lengths = array("q"), array("q")
+    for row in rows:
+        read.fromlist(row)
+        lengths.append(len(row))
+    return np.frombuffer(read, np.int64), np.frombuffer(lengths, np.int64)
 
 
 def joined(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -102,10 +114,10 @@ def parted(numbers: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     return [numbers[start:stop] for start, stop in itertools.pairwise(stops)]
 
 
-def fitting(prompt: Sequence[int], answer: Sequence[int], room: int) -> tuple[list[int], list[int]]:
-    """Both within `room` tokens: the beginning of the prompt goes first, then the end of the answer."""
-    answer = list(answer[:room])
-    return list(prompt[max(0, len(prompt) + len(answer) - room) :]), answer
+def fitting(prompt: Any, answer: Any, room: int) -> tuple[Any, Any]:
+    """Both, lists or arrays, in `room` tokens: the prompt's beginning goes first, then the answer's end."""
+    answer = answer[:room]
+    return prompt[max(0, len(prompt) + len(answer) - room) :], answer
 
 
 def _is_plain(tokenizer: Any) -> bool:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from weightsmith.errors import InputError
 from weightsmith.training.encoding import IGNORED, joined, parted
-from weightsmith.training.meap.masking import is_any
 from weightsmith.training.meap.options import MEAPOptions
 from weightsmith.training.meap.selection import choose_in_runs
 
@@ -32,21 +31,29 @@ _NOT_BY_TOKEN = (*_LENGTHS, "max_length_q", "max_length_k", "num_items_in_batch"
 
 
 def find_answers(
-    labels: np.ndarray, is_start: np.ndarray, closing: Collection[int] = ()
-) -> tuple[np.ndarray, np.ndarray]:
-    """Where every run of labels begins, and ends without the token that closes it; int64, (R,) each.
+    labels: np.ndarray, starts: np.ndarray, closing: Collection[int] = ()
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Runs of labels, without the token that closes each.
 
     Args:
         labels: (N,), -100 outside of answers; rows lie behind one another.
-        is_start: Bool (N,): the first tokens of rows and of documents in them.
+        starts: Int64: the first tokens of rows and of documents in them.
         closing: Ids of tokens that close an answer; one at the end of a run is no part of it.
+
+    Returns:
+        Where there is an answer, bool (N,), and where each begins and ends, int64, (R,) each.
     """
     framed = np.zeros(len(labels) + 2, bool)
-    framed[1:-1] = (labels != IGNORED) & ~is_start
+    is_answer = framed[1:-1]
+    np.not_equal(labels, IGNORED, out=is_answer)
+    is_answer[starts] = False
     # No run crosses the edge of a row, whose first token is none; they begin and end in turns.
     edge = np.flatnonzero(framed[1:] != framed[:-1])
     start, stop = edge[::2], edge[1::2]
-    return start, stop - np.isin(labels[stop - 1], list(closing))
+    if closing:
+        stop = stop - np.isin(labels[stop - 1], list(closing))
+        is_answer[stop[stop < edge[1::2]]] = False
+    return is_answer, start, stop
 
 
 def document_starts(shape: Iterable[int], position_ids: Tensor | None) -> np.ndarray:
@@ -76,11 +83,10 @@ def masked_answers(
     """
     labels = batch["labels"].cpu().numpy()
     rows, length = labels.shape
-    is_start = document_starts(labels.shape, batch.get("position_ids"))
     hidden = _hidden(
         labels.ravel(),
         np.arange(rows) * length,
-        is_start.ravel(),
+        np.flatnonzero(document_starts(labels.shape, batch.get("position_ids"))),
         options,
         int(seed),
         closing=closing,
@@ -94,7 +100,7 @@ def masked_answers(
 def _hidden(
     labels: np.ndarray,
     begins: np.ndarray,
-    is_start: np.ndarray,
+    starts: np.ndarray,
     options: MEAPOptions,
     seed: int,
     *,
@@ -102,23 +108,17 @@ def _hidden(
     protected: Collection[int] = (),
 ) -> np.ndarray:
     """Which of the tokens of rows of all lengths, which begin at `begins`, copies hide, in order."""
-    start_R, stop_R = find_answers(labels, is_start, closing)
-    count_R = stop_R - start_R
-    # Of all, not of those that may be hidden: no more than a bound, for which no token is looked at.
+    is_answer, start_R, stop_R = find_answers(labels, starts, closing)
+    for token in protected:
+        is_answer &= labels != token
+    tokens = np.flatnonzero(is_answer)
+    count_R = np.searchsorted(tokens, stop_R) - np.searchsorted(tokens, start_R)
     long = count_R >= options.min_answer_tokens
-    start_R, count_R = start_R[long], count_R[long]
-    first_R = np.cumsum(count_R) - count_R
-    token_N = np.repeat(start_R - first_R, count_R) + np.arange(count_R.sum())
-    if protected and len(count_R):
-        free_N = ~is_any(torch.from_numpy(labels), protected).numpy()[token_N]
-        free_R = np.add.reduceat(free_N, first_R, dtype=np.int64)
-        long = free_R >= options.min_answer_tokens
-        token_N = token_N[free_N & np.repeat(long, count_R)]
-        start_R, count_R = start_R[long], free_R[long]
+    if not long.all():
+        tokens = tokens[np.repeat(long, count_R)]
+        start_R, count_R = start_R[long], count_R[long]
     begin_R = begins[np.searchsorted(begins, start_R, side="right") - 1]
-    places = token_N - np.repeat(begin_R, count_R)
-    chosen = choose_in_runs(places, count_R, options.ratio, seed, exact_count=options.exact_count)
-    return token_N[np.flatnonzero(chosen)]
+    return choose_in_runs(tokens, begin_R, count_R, options.ratio, seed, exact_count=options.exact_count)
 
 
 def with_copies(
@@ -190,9 +190,7 @@ def meap_sft_map(
         raise InputError(f"row {row} has {lengths[row]} input_ids and {counts[row]} labels: expected as many")
     stops = np.cumsum(lengths)
     begins = stops - lengths
-    is_start = np.zeros(len(labels), bool)
-    is_start[begins[lengths > 0]] = True
-    hidden = _hidden(labels, begins, is_start, chosen, seed, protected=protected_ids)
+    hidden = _hidden(labels, begins, begins[lengths > 0], chosen, seed, protected=protected_ids)
     has_copy = (np.searchsorted(hidden, stops) > np.searchsorted(hidden, begins)).tolist()
     clean_ids, clean_labels = (
         _arrays(examples[key], numbers, lengths) for key, numbers in (("input_ids", ids), ("labels", labels))
@@ -216,7 +214,7 @@ def meap_sft_map(
 
 def _arrays(rows: Sequence[Any], numbers: np.ndarray, lengths: np.ndarray) -> Sequence[np.ndarray]:
     """Rows as int64 arrays: those given where they are, or parts of a copy of all their numbers."""
-    if all(isinstance(row, np.ndarray) and row.dtype == np.int64 for row in rows):
+    if {*map(type, rows)} == {np.ndarray} and {row.dtype for row in rows} == {np.dtype(np.int64)}:
         return rows
     return parted(numbers.copy(), lengths)
 

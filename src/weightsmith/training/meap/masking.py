@@ -126,15 +126,15 @@ def meap_mask_inputs(
         allowed = torch.ones_like(input_ids, dtype=torch.bool)
     elif exclude_last:
         allowed = without_last(allowed)
-    mask = choose(allowed, mask_ratio, seed, per_row=per_row, exact_count=exact_count)
-    masked = torch.where(mask, mask_token_id, input_ids)
-    return (masked, mask) if return_mask else masked
+    chosen = choose(allowed, mask_ratio, seed, per_row=per_row, exact_count=exact_count)
+    masked = filled(input_ids, chosen, mask_token_id)
+    return (masked, filled(torch.zeros_like(allowed), chosen, True)) if return_mask else masked
 
 
 def choose(
     allowed: Tensor, ratio: float, seed: int | Tensor, *, per_row: bool = True, exact_count: bool = True
 ) -> Tensor:
-    """Bool (B, T): a random part of the `allowed` places of each row.
+    """A random part of the `allowed` places of each row.
 
     Args:
         allowed: Bool (B, T).
@@ -142,6 +142,9 @@ def choose(
         seed: Decides which.
         per_row: Rows have keys of their own.
         exact_count: Exactly that share; otherwise that probability.
+
+    Returns:
+        Bool (B, T); or int64, places in the flattened rows, which a CPU fills in sooner.
     """
     if ratio == 0 or allowed.numel() == 0:
         return torch.zeros_like(allowed)
@@ -160,6 +163,18 @@ def choose(
     smallest = keys.topk(masked_count(allowed.shape[1], ratio), dim=1, largest=False).values
     threshold_B1 = smallest.gather(1, wanted_B[:, None] - 1)
     return (keys <= threshold_B1) & allowed
+
+
+def filled(rows: Tensor, chosen: Tensor, value: int | bool) -> Tensor:
+    """A copy of `rows` (B, T) with `value` at what `choose` chose."""
+    if chosen.dtype == torch.bool:
+        return torch.where(chosen, value, rows)
+    return (
+        rows.clone(memory_format=torch.contiguous_format)
+        .flatten()
+        .index_fill_(0, chosen, value)
+        .view(rows.shape)
+    )
 
 
 def without_last(allowed: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -304,11 +305,17 @@ class DataCollatorForMEAP:
 
 def _content(ids: Tensor, seed: int) -> Tensor:
     """A seed of a batch's content, 0-d int64 on its device: a multilinear hash, so nothing leaves a GPU."""
-    weights_1T = position_keys(torch.Size((1, ids.shape[1])), 0, True, ids.device)
-    row_B = mixed((ids * weights_1T).sum(1) if ids.is_cuda else torch.mv(ids.long(), weights_1T[0]))
-    return mixed(
-        (row_B * position_keys(torch.Size((1, len(row_B))), 1, True, ids.device)[0]).sum() + signed(seed)
+    weights_B, weights_T = (
+        _factors(size, row, ids.device) for row, size in ((1, len(ids)), (0, ids.shape[1]))
     )
+    row_B = mixed((ids * weights_T).sum(1) if ids.is_cuda else torch.mv(ids.long(), weights_T))
+    return mixed((row_B * weights_B).sum() + signed(seed))
+
+
+@functools.lru_cache(maxsize=32)
+def _factors(count: int, seed: int, device: torch.device) -> Tensor:
+    """What entries count in the hash, int64."""
+    return position_keys(torch.Size((1, count)), seed, True, device)[0]
 
 
 def _number(flags: Tensor) -> Tensor | int:

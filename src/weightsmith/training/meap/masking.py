@@ -181,9 +181,9 @@ def without_last(allowed: Tensor) -> Tensor:
     """`allowed` (B, T) without the last True of each row."""
     if allowed.device.type == "cpu" and allowed.numel() and not torch.compiler.is_compiling():
         kept = allowed.numpy().copy()
-        # From the end, NumPy stops at the first True it meets.
-        last_B = kept.shape[1] - 1 - kept[:, ::-1].argmax(1)
-        kept[np.arange(len(kept)), last_B] = False
+        padded = np.flatnonzero(~kept[:, -1])
+        kept[:, -1] = False
+        kept[padded, -1 - kept[padded, ::-1].argmax(1)] = False
         return torch.from_numpy(kept)
     places = torch.arange(allowed.shape[1], device=allowed.device)
     last_B1 = torch.where(allowed, places, -1).amax(1, keepdim=True)

@@ -62,10 +62,11 @@ def choose_in_rows(allowed: np.ndarray, ratio: float, seed: int, per_row: bool) 
         unsigned = memory[: len(some)]
         np.add(row_B[first : first + block, None], place_T, out=unsigned)
         _mix(unsigned, scratch[: len(some)])
-        keys = unsigned.view(np.int64)
-        np.putmask(keys, ~some, NEVER)
-        stop_B = np.arange(1, len(some) + 1) * length
-        chosen.append(first * length + _smallest(keys, np.count_nonzero(some, axis=1), stop_B, ratio))
+        keys, stop_B = unsigned.view(np.int64), np.arange(1, len(some) + 1) * length
+        barred = np.flatnonzero(~some)
+        keys.reshape(-1)[barred] = NEVER
+        count_B = length - np.diff(np.searchsorted(barred, stop_B), prepend=0)
+        chosen.append(first * length + _smallest(keys, count_B, stop_B, ratio))
     return np.concatenate(chosen)
 
 

@@ -872,6 +872,24 @@ def test_new_factors_come_in_time_and_take_the_mean_along(refresh_state):
     torch.testing.assert_close(piece.state["mean"][0], nearest)
 
 
+def test_a_mean_is_carried_over_to_the_same_bits_every_time():
+    found = set()
+    for _ in range(50):
+        optimizer = TeZOMomentum(
+            [("w", nn.Parameter(torch.zeros(64, 48)))],
+            0.0,
+            rank=32,
+            refresh_interval=1,
+            refresh_state="project",
+        )
+        piece = optimizer.pieces()[0]
+        piece.turn(0)
+        piece.state["mean"] = torch.linspace(-1, 1, 32)[None]
+        piece.turn(1)
+        found.add(piece.state["mean"].numpy().tobytes())
+    assert len(found) == 1
+
+
 def test_lozo_keeps_one_factor_for_its_interval_and_carries_the_mean_over():
     w = nn.Parameter(torch.zeros(50, 400, dtype=torch.float64))
     optimizer = LOZOMomentum([("w", w)], 0.0, rank=2, interval=2)
@@ -1224,6 +1242,17 @@ def test_what_is_hardly_meant_is_told_once(caplog):
             optimizer.step(lambda: 1.0)
         large = {"w": nn.Parameter(torch.full((4, 4), 100.0, dtype=torch.bfloat16))}
         TeZO(large.items(), rank=1).pieces()
+        wide = {"w": nn.Parameter(torch.full((4, 4), 1e9))}
+        TeZO(wide.items(), rank=2, scale="paper").pieces()
+        dropping = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1))
+        for _ in range(2):
+            other = TeZO(dropping.named_parameters(), rank=1)
+            other.attach(dropping.eval())
+            other.pieces()
+        other = TeZO(dropping.named_parameters(), rank=1)
+        other.attach(dropping.train())
+        for _ in range(2):
+            other.step(lambda: dropping(torch.ones(1, 4)).sum())
         graph = small()
         optimizer = made("TeZO", graph)
 
@@ -1237,6 +1266,8 @@ def test_what_is_hardly_meant_is_told_once(caplog):
         "no matrix is trained, so this is MeZO",
         "the same to the bit for 10 steps; try rho=0.01",
         "rho=0.001 is lost in the rounding of w (torch.bfloat16, about 1e+02); try rho=0.8",
+        "rho=0.001 is lost in the rounding of w (torch.float32, about 1e+09); try rho=8e+01 (told once)",
+        "1 drops out: both probes of a step drop the same with replay_rng",
         "builds a graph for gradients that nothing uses",
     ):
         assert caplog.text.count(words) == 1, words

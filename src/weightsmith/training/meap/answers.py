@@ -23,9 +23,11 @@ from weightsmith.errors import InputError
 from weightsmith.training.encoding import IGNORED, joined, parted
 from weightsmith.training.meap.options import MEAPOptions
 from weightsmith.training.meap.selection import choose_in_runs
+from weightsmith.training.meap.tokens import check_mask_id
 
 WEIGHTS = "loss_weights"
 """Key of a batch that says what each label counts, where copies count otherwise than originals."""
+_OF_MAPS = ("mask_ratio", "exact_count", "min_answer_tokens")
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
 _NOT_BY_TOKEN = (*_LENGTHS, "max_length_q", "max_length_k", "num_items_in_batch")
 
@@ -173,23 +175,34 @@ def meap_sft_map(
         protected_ids: Ids that are never masked and don't count towards an answer's length: the tokenizer's
             `all_special_ids`, so that the token that closes an answer stays, and placeholders of images.
         seed: Decides the masks. Give each batch its own (`with_indices=True`), or equal rows get equal masks.
-        **options: Fields of `MEAPOptions`.
+        **options: `mask_ratio`, `exact_count` and `min_answer_tokens` of `MEAPOptions`.
 
     Returns:
         The columns, each original in front of its copy. Ids and labels are int64 arrays, an original's those
         given where they are such arrays; entries of other columns are those given, a copy's its original's.
 
     Raises:
-        InputError: a row with more or fewer ids than labels.
+        InputError: a missing column, ids that are no integers, a row with more or fewer ids than labels, the
+            mask token in clean text, or an option that changes nothing here.
     """
+    check_mask_id(mask_token_id)
     chosen = MEAPOptions.of({"mode": "sft", **options})
-    ids, lengths = joined(examples["input_ids"])
-    labels, counts = joined(examples["labels"])
+    for name in options:
+        if name not in _OF_MAPS:
+            raise InputError(f"meap_sft_map: {name} changes nothing here; expected {', '.join(_OF_MAPS)}")
+    (ids, lengths), (labels, counts) = (_column(examples, key) for key in ("input_ids", "labels"))
     if not np.array_equal(lengths, counts):
         row = int(np.flatnonzero(lengths != counts)[0])
         raise InputError(f"row {row} has {lengths[row]} input_ids and {counts[row]} labels: expected as many")
     stops = np.cumsum(lengths)
     begins = stops - lengths
+    masks = np.flatnonzero(ids == mask_token_id)
+    if len(masks):
+        row = int(np.searchsorted(stops, masks[0], side="right"))
+        raise InputError(
+            f"mask token {mask_token_id} is in the clean text, {len(masks)} times, first in row {row}; "
+            "take a token that text doesn't have"
+        )
     hidden = _hidden(labels, begins, begins[lengths > 0], chosen, seed, protected=protected_ids)
     has_copy = (np.searchsorted(hidden, stops) > np.searchsorted(hidden, begins)).tolist()
     clean_ids, clean_labels = (
@@ -210,6 +223,17 @@ def meap_sft_map(
         ]
         for key, (originals, copies) in columns.items()
     }
+
+
+def _column(examples: Mapping[str, Any], key: str) -> tuple[np.ndarray, np.ndarray]:
+    if key not in examples:
+        raise InputError(f"meap_sft_map needs a column `{key}`; found: {', '.join(examples) or 'none'}")
+    for row in examples[key]:
+        if len(row):
+            if (kind := np.asarray(row[:1]).dtype).kind not in "iu":
+                raise InputError(f"{key}: expected integers, got {kind}")
+            break
+    return joined(examples[key])
 
 
 def _arrays(rows: Sequence[Any], numbers: np.ndarray, lengths: np.ndarray) -> Sequence[np.ndarray]:

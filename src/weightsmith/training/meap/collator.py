@@ -204,7 +204,12 @@ class DataCollatorForMEAP:
         if not isinstance(ids, Tensor):
             raise InputError(f"MEAP needs input_ids as a torch tensor, got {type(ids).__name__}")
         check_ids(ids)
-        if batch.get("labels") is None:
+        labels = batch.get("labels")
+        if labels is not None and labels.shape != ids.shape:
+            raise InputError(
+                f"labels: expected the shape {tuple(ids.shape)} of input_ids, got {tuple(labels.shape)}"
+            )
+        if labels is None:
             if self.options.mode == "sft":
                 raise InputError("labels: missing; mode sft tells answers by labels other than -100")
             labels = ids.masked_fill(~self._visible(batch), answers.IGNORED)

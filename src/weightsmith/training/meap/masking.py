@@ -33,6 +33,7 @@ from weightsmith.training.meap.selection import (
     choose_in_rows,
     masked_count,
 )
+from weightsmith.training.meap.tokens import check_mask_id
 
 # torch's integers have a sign.
 _GOLDEN = GOLDEN - WORD
@@ -102,8 +103,8 @@ def meap_mask_inputs(
         Ids of the same shape, dtype and device; with `return_mask`, and where they are masked.
 
     Raises:
-        InputError: ids that are not integers in a matrix, a mask of another shape, a ratio outside 0..1, or
-            not exactly one of `seed` and `generator`.
+        InputError: ids that are not integers in a matrix, a mask of another shape, a ratio outside 0..1, a
+            mask token that ids can't hold, or not exactly one of `seed` and `generator`.
 
     Example:
         >>> ids = torch.arange(10)[None]
@@ -111,7 +112,10 @@ def meap_mask_inputs(
         2
     """
     check_ratio(mask_ratio)
+    check_mask_id(mask_token_id)
     allowed = _allowed(input_ids, eligible, attention_mask)
+    if mask_token_id > torch.iinfo(input_ids.dtype).max:
+        raise InputError(f"mask_token_id {mask_token_id} doesn't fit input_ids of {input_ids.dtype}")
     if (seed is None) == (generator is None):
         raise InputError(
             "meap_mask_inputs needs either `seed` or `generator`: no global generator is touched"
@@ -179,7 +183,9 @@ def filled(rows: Tensor, chosen: Tensor, value: int | bool) -> Tensor:
 
 def without_last(allowed: Tensor) -> Tensor:
     """`allowed` (B, T) without the last True of each row."""
-    if allowed.device.type == "cpu" and allowed.numel() and not torch.compiler.is_compiling():
+    if not allowed.shape[1]:
+        return allowed
+    if allowed.device.type == "cpu" and not torch.compiler.is_compiling():
         kept = allowed.numpy().copy()
         padded = np.flatnonzero(~kept[:, -1])
         kept[:, -1] = False

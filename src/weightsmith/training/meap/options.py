@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -117,7 +118,8 @@ def check_ratio(ratio: float) -> None:
     Raises:
         InputError: not a number in 0..1; a percentage is told so.
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
-        percent = not isinstance(ratio, bool) and isinstance(ratio, int | float) and 1 < ratio <= 100
+    is_number = isinstance(ratio, numbers.Real) and not isinstance(ratio, bool)
+    if not is_number or not 0 <= ratio <= 1:
+        percent = is_number and 1 < ratio <= 100
         hint = f"; {ratio:g} percent are {ratio / 100:g}" if percent else ""
         raise InputError(f"mask_ratio must be in 0..1, got {ratio}{hint}")

@@ -17,6 +17,7 @@ ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 NEVER = (1 << 63) - 1  # the key of a place that is not eligible
 LOWEST = -(1 << 63)
 _BLOCK = 1 << 16  # keys at a time
+_SPARSE = 8  # times as many places as keys: more are not worth a matrix
 _GOLDEN = np.uint64(GOLDEN)
 
 
@@ -181,6 +182,9 @@ def _sorted_at(place_R: np.ndarray, keys: np.ndarray, size_R: np.ndarray) -> np.
     next; anything where there are none.
     """
     width = int(size_R.max(initial=0)) + 1
+    if len(size_R) * width > _SPARSE * (len(keys) + _BLOCK):  # one long run between many short ones
+        order = np.lexsort((keys, np.repeat(np.arange(len(size_R)), size_R)))
+        return keys[order[np.clip(np.cumsum(size_R) - size_R + place_R, 0, len(keys) - 1)]]
     rows = np.full((len(size_R), width), NEVER)
     rows.reshape(-1)[_behind_one_another(size_R, width)] = keys
     rows.sort(axis=1)

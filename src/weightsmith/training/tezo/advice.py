@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch.nn.modules.dropout import _DropoutNd
 
 from weightsmith.training.tezo.sweeps import Member
 
@@ -45,14 +47,30 @@ class Advice:
     def on_rho(self, members: Iterable[Member]) -> None:
         """Warn where a probe is smaller than what the weights' dtype can tell apart."""
         for piece, group, _ in members:
-            if piece.value.dtype.itemsize >= 4 or not piece.value.numel():
+            if not piece.value.numel():
                 continue
-            size = float(piece.value.float().square().mean().sqrt())
-            least = torch.finfo(piece.value.dtype).eps * size
+            dtype = piece.value.dtype
+            norm = torch.linalg.vector_norm(piece.value, dtype=torch.promote_types(dtype, torch.float32))
+            size = float(norm) / piece.value.numel() ** 0.5
+            least = torch.finfo(dtype).eps * size / piece.spread
             if group["rho"] < least:
+                wider = ", or float32 weights" if dtype.itemsize < 4 else ""
                 self.tell(
                     "rho",
-                    f"rho={group['rho']:g} is lost in the rounding of {piece.name} ({piece.value.dtype}, "
-                    f"about {size:.2g}); try rho={least:.1g}, or float32 weights",
+                    f"rho={group['rho']:g} is lost in the rounding of {piece.name} ({dtype}, "
+                    f"about {size:.2g}); try rho={least:.1g}{wider}",
+                )
+                return
+
+    def on_dropout(self, model: Any) -> None:
+        """Warn where a model in training mode hides other parts of itself in each step."""
+        if model is None:
+            return
+        for name, module in model.named_modules():
+            if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+                self.tell(
+                    "dropout",
+                    f"{name} drops out: both probes of a step drop the same with replay_rng, and steps "
+                    "differ by what they drop; call model.eval() to compare the whole model",
                 )
                 return

@@ -181,5 +181,5 @@ def _refuse_what_cannot_move(parameter: Tensor, name: str) -> None:
     if not parameter.is_floating_point():
         raise InputError(
             f"{name} is {parameter.dtype}: probes move floating-point weights; freeze it, or train adapters "
-            "(LoRA) on top of it"
+            "(LoRA) on top of it, which restore='branch' perturbs without writing to weights"
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -52,7 +54,9 @@ def loss_of(closure: Callable[[], Any], name: str, tell: Callable[[str, str], No
         if loss.requires_grad:
             tell("graph", "the closure builds a graph for gradients that nothing uses")
         return loss.detach().double() if loss.device.type != "mps" else loss.detach()
-    if isinstance(loss, bool) or not isinstance(loss, int | float):
+    if isinstance(loss, np.ndarray) and loss.ndim == 0:
+        loss = loss.item()
+    if isinstance(loss, bool) or not isinstance(loss, numbers.Real):
         raise InputError(
             f"{name}: the closure must return its loss, a number or a tensor with one; got "
             f"{type(loss).__name__}"

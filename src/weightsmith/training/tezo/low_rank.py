@@ -44,6 +44,7 @@ class LowRankPiece(Piece):
         super().__init__(name, matrices, state, options, seed, share)
         self.rank = rank
         self.factor = rank**-0.5 if options.scale == "unit" else 1.0
+        self.spread = self.factor * rank**0.5
         self.epoch: int | None = None
         chosen = options.factor_dtype if isinstance(options, TeZOOptions) else None
         self.factor_dtype = getattr(torch, chosen) if chosen else matrices.dtype
@@ -193,7 +194,8 @@ class CPPiece(LowRankPiece):
             u, v, old_u, old_v = (factor.to(self.wide) for factor in (self.u, self.v, old_u, old_v))
             gram = (u.mT @ u) * (v.mT @ v)
             wanted = (((u.mT @ old_u) * (v.mT @ old_v)) @ mean[..., None]).to(gram.dtype)
-            mean.copy_(torch.linalg.lstsq(gram, wanted).solution[..., 0])
+            # `lstsq` gives other bits each time; the Gram matrix of all products is positive definite.
+            mean.copy_(torch.linalg.solve(gram, wanted)[..., 0])
             return
         for name in ("mean", "square"):
             if name in self.state:

@@ -63,7 +63,10 @@ class Piece:
     Attributes:
         offset: Multiple of the step's direction by which a probe has moved the weights.
         done: Blocks that the present pass is through with.
+        spread: Root mean square of a direction's numbers.
     """
+
+    spread = 1.0
 
     def __init__(
         self,

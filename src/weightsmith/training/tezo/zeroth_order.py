@@ -274,6 +274,7 @@ class ZerothOrder(torch.optim.Optimizer):
             self._fingerprint = hashed(options, self.maximize, *shapes)
             if not self.step_count:
                 self._advice.on_rho(triples)
+                self._advice.on_dropout(self._model)
         return self._sweeps
 
     def _moving(self) -> list[Moving]:

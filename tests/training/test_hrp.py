@@ -13,6 +13,8 @@ from torch import nn
 
 from weightsmith.errors import InputError
 from weightsmith.training import HRPOptions, get_hrp_state_dict, initialize_lora_hrp_weights
+from weightsmith.training.hrp import preheat
+from weightsmith.training.hrp.layers import find_layers
 from weightsmith.training.hrp.preheat import PREHEAT
 
 peft = pytest.importorskip("peft")
@@ -465,6 +467,55 @@ def test_gpt2s_transposed_layers_and_tied_embeddings_work(gpt2):
         assert torch.equal(model(ids).logits, before)
     names = {name.rpartition(".")[2] for name in report.layers}
     assert names == {"c_attn", "c_fc", "wte"}
+
+
+def test_a_large_adapter_that_peft_breaks_off_leaves_nothing(monkeypatch):
+    model = text_model()
+    names = [name for name, _ in model.named_parameters()]
+    add = preheat._add
+
+    def break_off(model, named):
+        add(model, named)
+        del model.peft_config[named[0]]
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(preheat, "_add", break_off)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        initialize_lora_hrp_weights(
+            model, train_step=lambda *_: 1.0, preheat_steps=2, show_progress_bar=False
+        )
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+@pytest.mark.parametrize(
+    ("targets", "saved"),
+    [(["embed_tokens", "q_proj"], None), (["q_proj", "lm_head"], None), (["q_proj"], ["embed_tokens"])],
+)
+def test_adapters_that_peft_ties_are_one_layer(targets, saved):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True))
+    config = peft.LoraConfig(r=4, target_modules=targets, modules_to_save=saved, ensure_weight_tying=True)
+    model = peft.get_peft_model(base, config)
+    ids = torch.randint(0, 40, (2, 12), generator=torch.Generator().manual_seed(0))
+    before, names = model(ids).logits, [name for name, _ in model.named_parameters()]
+    report = initialize_lora_hrp_weights(
+        model, [{"input_ids": ids, "labels": ids}] * 3, preheat_steps=3, show_progress_bar=False
+    )
+    assert torch.equal(model(ids).logits, before)
+    assert [name for name, _ in model.named_parameters()] == names
+    embedding, head = model.base_model.model.model.embed_tokens, model.base_model.model.lm_head
+    assert ("model.embed_tokens" in report.layers) == (saved is None)
+    assert "lm_head" not in report.layers
+    for rank in (4, 3) if saved is None else ():
+        right, left = embedding.lora_embedding_B["default"], embedding.lora_embedding_A["default"]
+        assert right.shape == (16, rank)
+        for own, factor in ((head.lora_A["default"].weight, right), (head.lora_B["default"].weight, left)):
+            assert torch.equal(own, factor.T)
+            assert own.data_ptr() == factor.data_ptr()
+        assert head.scaling["default"] == embedding.scaling["default"]
+        preheat.replace_adapter(model, "default", {"model.embed_tokens": 3}, find_layers(model, "default")[0])
 
 
 def test_a_model_of_transformers_with_an_adapter_of_its_own_works(gpt2):

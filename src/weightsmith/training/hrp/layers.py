@@ -13,13 +13,14 @@ the directions, and one that is 0: for all kinds but embeddings right = A and le
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from weightsmith.errors import InputError
+from weightsmith.training.sharded import local
 
 PREFIX = "base_model.model."
 Kind = Literal["linear", "conv", "embedding", "experts"]
@@ -33,17 +34,26 @@ class Layer:
         name: As PEFT names it in adapter files, without `base_model.model.`.
         module: PEFT's layer.
         kind: How its factors are stored.
+        twins: Names of further layers that have the same factors, tied by PEFT, and their modules.
     """
 
     name: str
     module: Any
     kind: Kind
+    twins: dict[str, Any] = field(default_factory=dict)
 
     def parameters(self, adapter: str) -> tuple[Tensor, Tensor]:
         """The parameters of an adapter that hold left and right."""
         if self.kind == "embedding":
             return self.module.lora_embedding_A[adapter], self.module.lora_embedding_B[adapter]
         return self.module.lora_B[adapter].weight, self.module.lora_A[adapter].weight
+
+    def tie(self, adapter: str) -> None:
+        """Give twins its factors, as PEFT does for a first adapter and for no other."""
+        for module in self.twins.values():
+            left, right = self.parameters(adapter)
+            for own, factor in ((module.lora_B[adapter], left), (module.lora_A[adapter], right)):
+                own.weight = nn.Parameter(factor.T, requires_grad=factor.requires_grad)
 
     def left(self, adapter: str) -> Tensor:
         """(E, M, R), E = 1 but for experts."""
@@ -114,7 +124,7 @@ def find_layers(model: nn.Module, adapter: str) -> tuple[list[Layer], list[str]]
     """
     found: list[Layer] = []
     skipped: list[str] = []
-    seen: set[int] = set()
+    seen: dict[frozenset[int], Layer] = {}
     for name, module in lora_modules(model):
         name = name.removeprefix(PREFIX)
         kind = _kind(module, adapter)
@@ -133,9 +143,12 @@ def find_layers(model: nn.Module, adapter: str) -> tuple[list[Layer], list[str]]
                 raise InputError(
                     f"{name}: its adapter has no memory yet (device `meta`); load the model first"
                 )
-        if id(right) in seen:  # tied layers: one preheat, one result
+        # Tied layers, one of which may have the other's transposed: one preheat, one result.
+        memory = frozenset(local(factor).data_ptr() or id(factor) for factor in (left, right))
+        if memory in seen:
+            seen[memory].twins[name] = module
             continue
-        seen.add(id(right))
+        seen[memory] = layer
         found.append(layer)
     return found, skipped
 

@@ -9,6 +9,7 @@ import logging
 import math
 import random
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -90,6 +91,10 @@ def large_adapter(
         _set_active(model, active)
         if PREHEAT in peft_configs(model):
             _delete(model, PREHEAT)
+        else:  # PEFT broke off while it added it
+            for _, module in lora_modules(model):
+                if PREHEAT in module.r:
+                    module.delete_adapter(PREHEAT)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(flags.get(name, False))
         for module, mode in modes.items():
@@ -221,18 +226,25 @@ def replace_adapter(model: Any, adapter: str, ranks: Mapping[str, int], layers: 
     """
     config = copy.deepcopy(peft_configs(model)[adapter])
     config.layer_replication = None  # done when the first adapter came
+    ties = getattr(config, "ensure_weight_tying", False)
+    if ties:  # PEFT has found them, and would look for others in layers that it has wrapped
+        config.ensure_weight_tying = False
     for layer in layers:
         if layer.name in ranks:
             rank, scale = ranks[layer.name], layer.module.scaling[adapter]
-            pattern = f"^{re.escape(layer.name)}"
-            config.rank_pattern = {pattern: rank, **config.rank_pattern}
             alpha = scale * (math.sqrt(rank) if config.use_rslora else rank)
-            config.alpha_pattern = {pattern: alpha, **config.alpha_pattern}
+            for pattern in (f"^{re.escape(name)}" for name in (layer.name, *layer.twins)):
+                config.rank_pattern = {pattern: rank, **config.rank_pattern}
+                config.alpha_pattern = {pattern: alpha, **config.alpha_pattern}
     before = {name: tensor.detach().clone() for name, tensor in _own_tensors(model, adapter)}
     # PEFT wants an adapter to be there meanwhile.
     with large_adapter(model, adapter, layers, {layer.name: 1 for layer in layers}, HRPOptions()):
         _delete(model, adapter)
         _add(model, (adapter, config))
+        for layer in layers:
+            layer.tie(adapter)
+        if ties:
+            peft_configs(model)[adapter].ensure_weight_tying = True
     for name, tensor in _own_tensors(model, adapter):
         if name in before and before[name].shape == tensor.shape:
             tensor.data.copy_(before[name])
@@ -265,6 +277,10 @@ def _config(model: Any, adapter: str, ranks: Mapping[str, int]) -> tuple[str, An
     if getattr(config, "trainable_token_indices", None) is not None:
         config.trainable_token_indices = None
     config.inference_mode = False
+    if getattr(config, "ensure_weight_tying", False):
+        # Layers that PEFT has tied to others get what is found where these are.
+        config.ensure_weight_tying = False
+        config.modules_to_tie = config.target_modules_to_tie = None
     return PREHEAT, config
 
 
@@ -321,11 +337,14 @@ def _add(model: Any, named: tuple[str, Any]) -> None:
     from peft.functional import inject_adapter_in_model
 
     name, config = named
-    if isinstance(model, PeftModel):
-        # Not what subclasses make of it: they would train a classifier beside.
-        PeftModel.add_adapter(model, name, config)
-    else:
-        inject_adapter_in_model(config, model, name)
+    with warnings.catch_warnings():
+        # That tied embeddings have adapters was told when the first was made.
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        if isinstance(model, PeftModel):
+            # Not what subclasses make of it: they would train a classifier beside.
+            PeftModel.add_adapter(model, name, config)
+        else:
+            inject_adapter_in_model(config, model, name)
 
 
 def _delete(model: Any, name: str) -> None:

@@ -424,7 +424,7 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         (run["attention"]["MEAP"]["score_decay"], run["attention"]["NTP"]["score_decay"]) for run in runs
     ]
     checks = {
-        "needle recall higher by 5 points": gain["mean"] >= 0.05,
+        "needle recall, mean over the looks on the way, higher by 5 points": gain["mean"] >= 0.05,
         "... and by twice its standard error": bool(
             gain["error"] is not None and gain["mean"] > 2 * gain["error"]
         ),
@@ -444,6 +444,14 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "checks": checks,
         "verdict": verdict,
     }
+
+
+MEANINGS = {
+    "reproduced": "",
+    "weaker claim": ": no harm to the loss at equal steps, and masked tokens are attended to less; that "
+    "facts are found better doesn't show",
+    "not shown": "",
+}
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
@@ -516,7 +524,7 @@ def table(results: Mapping[str, Any]) -> str:
         lines.append(f"| {arm} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
     lines.append("")
     lines += [f"- {'holds' if held else '**fails**'}: {check}" for check, held in found["checks"].items()]
-    lines += ["", f"**Verdict: {found['verdict']}.**", ""]
+    lines += ["", f"**Verdict: {found['verdict']}{MEANINGS[found['verdict']]}.**", ""]
     return "\n".join(lines)
 
 

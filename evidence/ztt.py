@@ -334,13 +334,14 @@ def table(results: Mapping[str, Any]) -> str:
         "# Zero-Token Transformer: cycles at equal weights",
         "",
         f"Seeds {', '.join(map(str, results['seeds']))}, {results['steps']} steps, width {WIDTH}, characters "
-        "of Python's library. Nats a character on test text, mean (range) over seeds; operations of a "
-        "forward pass relative to V4; median seconds on a core, beside other work. Each learning rate is "
+        "of Python's library. Nats a character on test text, mean (range) over an arm's seeds; operations of "
+        "a forward pass relative to V4; median seconds on a core, beside other work. Each learning rate is "
         f"the best of {', '.join(f'{rate:g}' for rate in results['rates'])} on calibration text with the "
         "first seed. Made by `python evidence/ztt.py`.",
         "",
-        "| arm | weights | operations | learning rate | seconds | test loss | attention to zero, by cycle |",
-        "|---|---|---|---|---|---|---|",
+        "| arm | seeds | weights | operations | learning rate | seconds | test loss | attention to zero, by "
+        "cycle |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     unit = column(runs, "V4", "flops_per_token")[0]
     for arm in ARMS:
@@ -350,7 +351,7 @@ def table(results: Mapping[str, Any]) -> str:
             ", ".join(f"{statistics.fmean(s):.3f}" for s in zip(*shares, strict=True)) if shares[0] else ""
         )
         lines.append(
-            f"| {arm} | {column(runs, arm, 'parameters')[0]:,} | "
+            f"| {arm} | {len(losses)} | {column(runs, arm, 'parameters')[0]:,} | "
             f"{column(runs, arm, 'flops_per_token')[0] / unit:.2f} | {column(runs, arm, 'lr')[0]:g} | "
             f"{statistics.median(seconds):.0f} | {spread(losses, 4)} | {shown} |"
         )
@@ -358,6 +359,13 @@ def table(results: Mapping[str, Any]) -> str:
     for other, values in (*summary["paired"].items(), ("HTC 4/2 less V4", summary["htc_against_v4"])):
         name = other if "less" in other else f"{summary['judged']} less {other}"
         lines.append(f"- {name}: {', '.join(f'{value:+.4f}' for value in values)}")
+    first = {arm: column(runs, arm, "test")[0] for arm in ARMS}
+    alone = [arm for arm in ARMS if len(column(runs, arm, "test")) == 1 < len(results["seeds"])]
+    lines += [
+        f"- {arm} less V4 and less HTC 4/2, the first seed alone: {first[arm] - first['V4']:+.4f}, "
+        f"{first[arm] - first['HTC 4/2']:+.4f}"
+        for arm in alone
+    ]
     lines += [
         "",
         "Early exit at the threshold chosen on calibration text (1 % of loss), on test text:",

@@ -361,6 +361,13 @@ def test_ranks_by_layer_are_respected_and_the_large_rank_fits_the_layer():
     assert ranks == {"embed": (2, 8), "conv": (2, 4), "inner": (4, 6), "head": (1, 8)}
 
 
+def test_a_layer_whose_smaller_side_the_rank_fills_is_told(caplog):
+    model = text_model(rank_pattern={"conv": 4})
+    with caplog.at_level(logging.WARNING):
+        initialize_lora_hrp_weights(model, batches(), preheat_steps=2, show_progress_bar=False)
+    assert "cut to the smaller side of a layer, which the adapter's own rank fills: conv (4)" in caplog.text
+
+
 class Experts(nn.Module):
     """Two experts as one parameter, of which a batch uses the first."""
 
@@ -762,11 +769,15 @@ def test_what_is_no_fresh_lora_model_is_refused():
     other = peft.get_peft_model(Matrix(target()), peft.LoHaConfig(r=2, target_modules=["layer"]))
     with pytest.raises(InputError, match="adapter `default` is a LoHaConfig; HRP needs LoRA"):
         initialize(other)
+    mixed = peft.get_peft_model(Matrix(target()), peft.LoraConfig(r=2, target_modules=["layer"]), mixed=True)
+    with pytest.raises(InputError, match=r"HRP needs get_peft_model\(mixed=False\)"):
+        initialize(mixed)
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("start", ["pissa", "olora", "corda", "lora_ga", "loftq", "mica"])
 def test_a_start_that_changed_the_weights_is_refused(start):
-    model = adapted(Matrix(target(dtype=torch.float32)), init_lora_weights=start)
+    model = adapted(Matrix(target(dtype=torch.float32)))
+    model.peft_config["default"].init_lora_weights = start  # some need more libraries to begin so
     with pytest.raises(InputError, match=f"init_lora_weights='{start}' has begun the adapter"):
         initialize(model)
 

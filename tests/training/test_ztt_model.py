@@ -17,6 +17,7 @@ from transformers import (
 
 from weightsmith.errors import CheckpointError, InputError
 from weightsmith.training import ZTTConfig, ZTTForCausalLM, resize_cycles
+from weightsmith.training.zero_token import passes
 from weightsmith.training.zero_token.exits import real_tokens
 from weightsmith.training.zero_token.options import extra_shapes, repeated_parameters
 from weightsmith.training.zero_token.passes import new_cache
@@ -518,10 +519,15 @@ def test_without_keys_for_skipped_cycles_the_prompt_decides_for_all(ids):
 
 
 @torch.no_grad()
-def test_shared_places_hold_the_last_cycle(ids):
+def test_shared_places_hold_the_last_cycle(ids, monkeypatch):
+    told = []
+    monkeypatch.setattr(passes.logger, "warning_once", told.append)
     net = model(num_cycles=2, exit_kv="share")
     assert net.config.num_hidden_layers == 4
+    net(ids, use_cache=False)
+    assert not told
     shared = net(ids, use_cache=True).past_key_values
+    assert "their results differ, and training is without" in told[0]
     split = model(num_cycles=2)
     full = split(ids, use_cache=True).past_key_values
     for layer in range(4):

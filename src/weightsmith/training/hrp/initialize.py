@@ -181,6 +181,10 @@ class _Call:
             raise InputError(f"model must be a PeftModel; call get_peft_model first{hint}")
         if adapter not in configs:
             raise InputError(f"the model has no adapter `{adapter}`, found {', '.join(configs)}")
+        from peft import PeftMixedModel
+
+        if isinstance(model, PeftMixedModel):
+            raise InputError("HRP needs get_peft_model(mixed=False), found a PeftMixedModel")
         config = configs[adapter]
         if not hasattr(config, "init_lora_weights"):
             raise InputError(f"adapter `{adapter}` is a {type(config).__name__}; HRP needs LoRA")

@@ -37,7 +37,7 @@ def preheat_ranks(layers: Sequence[Layer], adapter: str, options: HRPOptions) ->
     Raises:
         InputError: a rank no larger than the small adapter's; a pattern without a layer.
     """
-    given, found = options.preheat_rank, {}
+    given, found, narrow = options.preheat_rank, {}, {}
     unused = set(given) if isinstance(given, Mapping) else set()
     for layer in layers:
         own, most = layer.module.r[adapter], min(layer.sides)
@@ -56,6 +56,13 @@ def preheat_ranks(layers: Sequence[Layer], adapter: str, options: HRPOptions) ->
                 f"{'the default is' if usual else 'found'} {wanted} (force=True allows it)"
             )
         found[layer.name] = min(wanted, most)
+        if wanted > own >= most:
+            narrow[layer.name] = most
+    if narrow:
+        log.warning(
+            "HRP: preheat_rank is cut to the smaller side of a layer, which the adapter's own rank fills: %s",
+            ", ".join(f"{name} ({most})" for name, most in narrow.items()),
+        )
     if unused:
         raise InputError(
             f"preheat_rank: {sorted(unused)[0]!r} matches no layer; names are like {layers[0].name}"

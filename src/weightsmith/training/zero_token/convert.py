@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,6 +181,8 @@ def convert_to_ztt(model: Any, options: ZTTOptions | None = None, *, seed: int =
     """
     import torch
 
+    if model.config.model_type not in (*layout.BASES, layout.MODEL_TYPE):
+        raise InputError(_not_ours(model.config.model_type, model.state_dict()))
     config = config_of(model.config.to_dict(), options or ZTTOptions(), converting=True)
     state = dict(model.state_dict())
     for name, shape in extra_shapes(config).items():
@@ -251,6 +253,15 @@ def _filled(made: Any, state: Mapping[str, Any], model: Any) -> Any:
     return made.to(model.device).train(model.training)
 
 
+def _not_ours(kind: str | None, names: Iterable[str]) -> str:
+    odd = next((name for name in names if _FOREIGN.fullmatch(name)), None)
+    why = f", and it has {odd.rpartition('.')[0]}, which is none of ours" if odd else ""
+    return (
+        f"model_type {kind} can't be cycled{why}; expected {', '.join(layout.BASES)} with "
+        "self_attn.k_proj and v_proj"
+    )
+
+
 def _refuse_what_cannot_be_cycled(base: Checkpoint) -> None:
     if base.quantized:
         raise CheckpointError(f"{base.name}: can't be converted: {base.quantized}")
@@ -260,12 +271,7 @@ def _refuse_what_cannot_be_cycled(base: Checkpoint) -> None:
         )
     kind = base.config.get("model_type")
     if kind not in (*layout.BASES, layout.MODEL_TYPE):
-        odd = next((name for name in base.tensors if _FOREIGN.fullmatch(name)), None)
-        why = f", and it has {odd.rpartition('.')[0]}, which is none of ours" if odd else ""
-        raise CheckpointError(
-            f"{base.name}: model_type {kind} can't be cycled{why}; expected {', '.join(layout.BASES)} with "
-            "self_attn.k_proj and v_proj"
-        )
+        raise CheckpointError(f"{base.name}: {_not_ours(kind, base.tensors)}")
     for name, info in base.tensors.items():
         if info.dtype not in FLOAT_DTYPES:
             raise InputError(f"{base.name}: {name} is {info.dtype}, expected float weights")

@@ -253,6 +253,21 @@ def test_the_smallest_keys_are_found_also_where_they_lie_elsewhere_than_expected
     np.testing.assert_array_equal(found, np.flatnonzero(wanted[is_real]))
 
 
+def test_one_long_run_between_many_short_ones_needs_no_matrix_of_both(monkeypatch):
+    draws = np.random.default_rng(0)
+    counts = np.array([1, 2, 0, 5000, *[1] * 3000, 7])
+    stops, keys = np.cumsum(counts), draws.integers(-(1 << 63), (1 << 63) - 2, counts.sum())
+    wanted = []
+    for count, stop in zip(counts.tolist(), stops.tolist(), strict=True):
+        order = np.argsort(keys[stop - count : stop])[: masking.masked_count(count, 0.5)]
+        wanted += sorted((stop - count + order).tolist())
+    matrices = []
+    full = np.full
+    monkeypatch.setattr(np, "full", lambda *more: matrices.append(more) or full(*more))
+    assert selection._smallest(keys, counts, stops, 0.5).tolist() == wanted
+    assert not matrices
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 0.15, 0.97, 1.0])
 @pytest.mark.parametrize("exact_count", [True, False])
 def test_runs_behind_one_another_choose_what_rows_of_a_matrix_do(ratio, exact_count, monkeypatch):

@@ -163,6 +163,26 @@ def test_dtype_stays_and_nothing_is_written_in_place(dtype):
     assert torch.equal(text, before)
 
 
+def test_rows_of_no_tokens_stay():
+    nothing = torch.empty(2, 0, dtype=torch.long)
+    assert meap_mask_inputs(nothing, MASK, attention_mask=nothing, seed=0).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"), [(300, "300 doesn't fit input_ids of torch.uint8"), (-1, "at least 0")]
+)
+def test_a_mask_that_ids_cant_hold_is_named(mask, message):
+    with pytest.raises(InputError, match=message):
+        meap_mask_inputs(ids(2, 8).to(torch.uint8), mask, seed=0)
+
+
+def test_a_share_can_be_a_number_of_numpy():
+    text = ids(2, 30)
+    assert torch.equal(
+        meap_mask_inputs(text, MASK, np.float32(0.25), seed=0), meap_mask_inputs(text, MASK, 0.25, seed=0)
+    )
+
+
 def test_a_compiled_mask_is_the_same_and_compiles_once_for_all_seeds():
     graphs = []
 

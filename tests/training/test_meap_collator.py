@@ -416,6 +416,32 @@ def test_a_row_with_more_labels_than_ids_is_named():
         meap_sft_map(rows, mask_token_id=MASK)
 
 
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ({"input_ids": [[1]]}, {}, "needs a column `labels`; found: input_ids"),
+        ({"input_ids": [[], [1.5]], "labels": [[], [1]]}, {}, "input_ids: expected integers, got float64"),
+        (
+            {"input_ids": [[1], [MASK, MASK]], "labels": [[1], [2, 3]]},
+            {},
+            f"mask token {MASK} is in the clean text, 2 times, first in row 1",
+        ),
+        ({"input_ids": [[1]], "labels": [[1]]}, {"layout": "concat"}, "layout changes nothing here"),
+        ({"input_ids": [[1]], "labels": [[1]]}, {"mask_token_id": -3}, "mask_token_id must be at least 0"),
+    ],
+)
+def test_what_copies_of_their_own_rows_cant_be_made_of_is_named(rows, options, message):
+    with pytest.raises(InputError, match=message):
+        meap_sft_map(rows, **{"mask_token_id": MASK, **options})
+
+
+def test_labels_of_another_shape_are_named(tokenizer):
+    batch = {"input_ids": torch.ones(2, 6, dtype=torch.long), "labels": torch.ones(2, 5, dtype=torch.long)}
+    collator = DataCollatorForMEAP(lambda batch: batch, tokenizer, mode="sft")
+    with pytest.raises(InputError, match=r"labels: expected the shape \(2, 6\) of input_ids, got \(2, 5\)"):
+        collator(batch)
+
+
 def test_rows_without_labels_are_counted_and_told_once(tokenizer, caplog):
     collator = DataCollatorForMEAP(padding(tokenizer), tokenizer, mode="sft")
     empty = {**pair(4, 60), "labels": [-100] * 65}

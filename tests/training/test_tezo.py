@@ -1132,6 +1132,13 @@ def test_a_loss_that_is_no_number_is_named(loss, message):
         TeZO(small().items()).step(loss)
 
 
+@pytest.mark.parametrize("loss", [np.float32(1.5), np.int64(2), np.array(1.5)], ids=str)
+def test_a_loss_can_be_a_number_of_numpy(loss):
+    optimizer = TeZO(small().items())
+    optimizer.step(lambda: loss)
+    assert optimizer.last.loss == float(loss)
+
+
 def test_a_weight_of_a_batch_must_be_positive():
     with pytest.raises(InputError, match="weight: expected above 0"):
         TeZO(small().items()).probe(lambda: 1.0, weight=0.0)

@@ -86,7 +86,7 @@ def choose_in_runs(
         tokens: int64 (N,), in order: where the tokens of all runs are.
         begins: int64 (R,): where the row begins that a run is part of; what tells tokens of a run apart is
             how far behind it they are.
-        counts: int64 (R,), how many of the tokens each run has, at least one.
+        counts: int64 (R,), how many of the tokens each run has.
         ratio: Share of them, at least one where `ratio` is not 0.
         seed: Decides which.
         exact_count: Exactly that share; otherwise that probability.

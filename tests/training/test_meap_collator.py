@@ -21,7 +21,8 @@ from weightsmith.errors import InputError
 from weightsmith.testbed import write_model_folder
 from weightsmith.testbed.alphabet import EOS, PAD, VOCABULARY
 from weightsmith.training import DataCollatorForMEAP, meap_sft_map, resolve_mask_token, strip_mask_token
-from weightsmith.training.meap.answers import document_starts, find_answers, weighted_loss
+from weightsmith.training.meap.answers import document_starts, find_answers
+from weightsmith.training.meap.copies import weighted_loss
 from weightsmith.training.meap.masking import authors_places
 
 MASK = VOCABULARY["<mask>"]

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from weightsmith.errors import InputError
 from weightsmith.runs.seeds import derive
-from weightsmith.training.meap import answers
+from weightsmith.training.encoding import IGNORED
+from weightsmith.training.meap import answers, copies
 from weightsmith.training.meap.masking import (
     authors_places,
     check_ids,
@@ -25,7 +26,7 @@ from weightsmith.training.meap.masking import (
     signed,
 )
 from weightsmith.training.meap.options import MUCH, MEAPOptions
-from weightsmith.training.meap.tokens import check_mask_id, resolve_mask_token
+from weightsmith.training.meap.tokens import check_mask_id, in_clean_text, resolve_mask_token
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ class DataCollatorForMEAP:
             self._tell(
                 "weights",
                 f"MEAP: copy_loss_weight {self.options.copy_loss_weight:g} is in batches as "
-                f"`{answers.WEIGHTS}`, which MEAPTrainerMixin reads and no other Trainer or model does",
+                f"`{copies.WEIGHTS}`, which MEAPTrainerMixin reads and no other Trainer or model does",
             )
         return self.mask(batch)
 
@@ -212,11 +213,11 @@ class DataCollatorForMEAP:
         if labels is None:
             if self.options.mode == "sft":
                 raise InputError("labels: missing; mode sft tells answers by labels other than -100")
-            labels = ids.masked_fill(~self._visible(batch), answers.IGNORED)
+            labels = ids.masked_fill(~self._visible(batch), IGNORED)
             if (positions := batch.get("position_ids")) is not None:
                 inner = torch.zeros_like(labels, dtype=torch.bool)
                 inner[:, 1:] = positions.diff(dim=1) != 1
-                labels = labels.masked_fill(inner & self._visible(batch), answers.IGNORED)
+                labels = labels.masked_fill(inner & self._visible(batch), IGNORED)
             batch["labels"] = labels
         return batch
 
@@ -237,13 +238,13 @@ class DataCollatorForMEAP:
                 raise InputError(
                     "mode sft makes copies of labels, and the batch has shift_labels beside them"
                 )
-            without = int((batch["labels"] == answers.IGNORED).all(1).sum())
+            without = int((batch["labels"] == IGNORED).all(1).sum())
             if without:
                 self.rows_without_labels += without
                 self._tell("labels", f"MEAP: {without} rows of a batch have no labels and get no copy")
             hidden = answers.masked_answers(batch, self.options, seed, self.closing, self.protected)
-            self._count(hidden, batch["labels"] != answers.IGNORED)
-            return answers.with_copies(batch, hidden, self.mask_token_id, self.options, self.pad_token_id)
+            self._count(hidden, batch["labels"] != IGNORED)
+            return copies.with_copies(batch, hidden, self.mask_token_id, self.options, self.pad_token_id)
         options, allowed = self.options, self._visible(batch)
         if self.protected:
             allowed = allowed & ~is_any(ids, self.protected)
@@ -297,10 +298,7 @@ class DataCollatorForMEAP:
         found = ids == self.mask_token_id
         if found.any():
             row = int(found.any(-1).nonzero()[0, 0])
-            raise InputError(
-                f"mask token {self.mask_token_id} is in the clean text, {int(found.sum())} times, first in "
-                f"row {row} of the batch; take a token that text doesn't have"
-            )
+            raise in_clean_text(self.mask_token_id, int(found.sum()), row)
 
     def _tell(self, what: str, words: str) -> None:
         if what not in self._told:

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from weightsmith.runs.seeds import derive
-from weightsmith.training.meap.answers import IGNORED
+from weightsmith.training.encoding import IGNORED
 from weightsmith.training.meap.collator import DataCollatorForMEAP
 from weightsmith.training.meap.options import MEAPOptions
 from weightsmith.training.meap.tokens import resolve_mask_token, strip_mask_token

@@ -90,6 +90,14 @@ def resolve_mask_token(
     return found
 
 
+def in_clean_text(id: int, times: int, row: int) -> InputError:
+    """What to raise where clean text has the mask token: no one could tell its own from those that hide."""
+    return InputError(
+        f"mask token {id} is in the clean text, {times} times, first in row {row}; take a token that text "
+        "doesn't have"
+    )
+
+
 def check_mask_id(id: int, tokenizer: Any = None, model: Any = None) -> None:
     """Refuse an id that a model can't look up, or that means something else.
 

@@ -12,8 +12,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from weightsmith.errors import InputError
-from weightsmith.training.meap.answers import IGNORED, WEIGHTS, weighing
+from weightsmith.training.encoding import IGNORED
 from weightsmith.training.meap.collator import DataCollatorForMEAP
+from weightsmith.training.meap.copies import WEIGHTS, weighing
 
 _Base = Trainer if TYPE_CHECKING else object
 
